@@ -195,6 +195,9 @@ class QuantConfig(Mapping[str, LayerConfig]):
     def __hash__(self) -> int:
         return self._hash
 
+    def __reduce__(self) -> tuple[type[QuantConfig], tuple[dict[str, LayerConfig]]]:
+        return QuantConfig, (self._layers,)  # hashes of strings differ between processes: never pickle the hash
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, QuantConfig) and self._layers == other._layers
 

@@ -16,7 +16,16 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from eqnet.space.qconfig import ALL_FORMS, Form, Granularity, LayerConfig, LayerInfo, QuantConfig, QuantFormat
+from eqnet.space.qconfig import (
+    ALL_FORMS,
+    MAX_BITS,
+    Form,
+    Granularity,
+    LayerConfig,
+    LayerInfo,
+    QuantConfig,
+    QuantFormat,
+)
 
 Genomes = NDArray[np.int16]
 Slot = Literal["weight", "act"]
@@ -111,7 +120,12 @@ class QuantSpace:
         weight_bits = sorted(set(bits))
         input_bits = weight_bits if act_bits is None else sorted(set(act_bits))
         symmetric, granularity = list(dict.fromkeys(symmetric)), list(dict.fromkeys(granularity))
-        for name, value in {"bits": weight_bits, "act_bits": input_bits, "symmetric": symmetric, "granularity": granularity}.items():
+        for name, value in {
+            "bits": weight_bits,
+            "act_bits": input_bits,
+            "symmetric": symmetric,
+            "granularity": granularity,
+        }.items():
             if not value:
                 raise ValueError(f"space.{name} is empty; give at least one choice.")
         if not layers:
@@ -171,7 +185,9 @@ class QuantSpace:
             for i, fmt in enumerate(gene.formats):
                 self.bits[g, i], self.symmetric[g, i] = fmt.bits, fmt.symmetric
                 self.per_channel[g, i] = fmt.granularity == "channel"
-                same_form = [f for f in gene.formats if (f.symmetric, f.granularity) == (fmt.symmetric, fmt.granularity)]
+                same_form = [
+                    f for f in gene.formats if (f.symmetric, f.granularity) == (fmt.symmetric, fmt.granularity)
+                ]
                 lower = [f for f in same_form if f.bits < fmt.bits]
                 upper = [f for f in same_form if f.bits > fmt.bits]
                 if lower:
@@ -181,7 +197,10 @@ class QuantSpace:
                 for k, form in enumerate(ALL_FORMS):
                     wanted = form.weight_format(fmt.bits) if gene.slot == "weight" else form.act_format(fmt.bits)
                     self.in_form[k, g, i] = index.get(wanted, -1)
-        has_form = [all((self.in_form[k, g, : len(gene.formats)] >= 0).any() for g, gene in enumerate(self.genes)) for k in range(len(ALL_FORMS))]
+        has_form = [
+            all((self.in_form[k, g, : len(gene.formats)] >= 0).any() for g, gene in enumerate(self.genes))
+            for k in range(len(ALL_FORMS))
+        ]
         self.forms: tuple[Form, ...] = tuple(form for form, ok in zip(ALL_FORMS, has_form, strict=True) if ok)
 
     # -- configs and genomes ------------------------------------------------------------------------------------------
@@ -204,13 +223,19 @@ class QuantSpace:
         """Raises ValueError unless `config` is a point of this space; the message names the layer and the choices."""
         missing, foreign = sorted(set(self._info) - set(config)), sorted(set(config) - set(self._info))
         if missing or foreign:
-            parts = [f"misses {', '.join(missing)}"] * bool(missing) + [f"has foreign {', '.join(foreign)}"] * bool(foreign)
+            parts = [f"misses {', '.join(missing)}"] * bool(missing) + [f"has foreign {', '.join(foreign)}"] * bool(
+                foreign
+            )
             raise ValueError(f"the config does not fit the model: it {' and '.join(parts)}.")
         for name, layer in config.items():
             for slot, fmt in (("weight", layer.weight), ("act", layer.act)):
                 allowed = self.choices(name, slot)  # type: ignore[arg-type]
                 if (fmt is None and allowed) or (fmt is not None and fmt not in allowed):
-                    got = "floating point" if fmt is None else f"{fmt.bits} bits, symmetric={fmt.symmetric}, {fmt.granularity}"
+                    got = (
+                        "floating point"
+                        if fmt is None
+                        else f"{fmt.bits} bits, symmetric={fmt.symmetric}, {fmt.granularity}"
+                    )
                     bits = sorted({f.bits for f in allowed})
                     raise ValueError(f"layer {name!r}: {slot} format ({got}) is not in the space (bits {bits}).")
         for gene in self.genes:
@@ -250,7 +275,8 @@ class QuantSpace:
         for g, gene in enumerate(source.genes):
             for i, fmt in enumerate(gene.formats):
                 table[g, i] = self.genes[g].formats.index(fmt)
-        return table[np.arange(self.num_genes), genomes]
+        out: Genomes = table[np.arange(self.num_genes), genomes]
+        return out
 
     def restrict(self, allow: Callable[[LayerInfo, Slot, QuantFormat], bool]) -> QuantSpace:
         """The subspace of formats for which `allow(layer, slot, format)` holds. Raises ValueError naming an emptied layer."""
@@ -274,7 +300,8 @@ class QuantSpace:
 
     def random_genomes(self, rng: np.random.Generator, n: int) -> Genomes:
         """Every gene uniform over its formats (forms per layer), int16 [n, G]."""
-        return (rng.random((n, self.num_genes)) * self.num_formats).astype(np.int16)
+        genomes: Genomes = (rng.random((n, self.num_genes)) * self.num_formats).astype(np.int16)
+        return genomes
 
     def sample(self, rng: np.random.Generator) -> QuantConfig:
         """One config, every quantizer drawn uniformly and independently."""
@@ -287,15 +314,33 @@ class QuantSpace:
         best = bits.max(1) if which == "largest" else bits.min(1)
         candidates = valid & (self.bits == best[:, None])  # [G, F]
         keys = np.where(candidates, rng.random((n, *candidates.shape)), -1.0)
-        return keys.argmax(-1).astype(np.int16)
+        genomes: Genomes = keys.argmax(-1).astype(np.int16)
+        return genomes
 
     def impose_form(self, genomes: Genomes, forms: NDArray[Any]) -> Genomes:
         """Same bits, another form: row i takes `ALL_FORMS[forms[i]]`. Raises ValueError where a gene lacks it."""
-        out = self.in_form[np.asarray(forms)[:, None], np.arange(self.num_genes), genomes]
+        out: Genomes = self.in_form[np.asarray(forms)[:, None], np.arange(self.num_genes), genomes]
         if (out < 0).any():
             row, gene = np.argwhere(out < 0)[0]
-            raise ValueError(f"layer {self.genes[gene].layers[0]!r} cannot take the form {ALL_FORMS[int(forms[row])].name}.")
+            raise ValueError(
+                f"layer {self.genes[gene].layers[0]!r} cannot take the form {ALL_FORMS[int(forms[row])].name}."
+            )
         return out
+
+    def formats_in(self, form: Form | None) -> NDArray[np.bool_]:
+        """Which formats of each gene belong to `form` (None: to any form), bool [G, F]; padding is False.
+
+        Raises:
+            ValueError: naming the layer that has no format of that form.
+        """
+        index = np.arange(self.bits.shape[1])
+        if form is None:
+            return index < self.num_formats[:, None]
+        allowed: NDArray[np.bool_] = self.in_form[ALL_FORMS.index(form)] == index
+        if not allowed.any(1).all():
+            gene = self.genes[int(allowed.any(1).argmin())]
+            raise ValueError(f"layer {gene.layers[0]!r} has no {gene.slot} format of the form {form.name}.")
+        return allowed
 
     def form_of(self, genomes: Genomes) -> NDArray[np.int64]:
         """Index into `ALL_FORMS` of the form each whole genome has, -1 if its layers differ, [N]."""
@@ -304,8 +349,11 @@ class QuantSpace:
         return np.where(match.any(1), match.argmax(1), -1)
 
     def _extreme(self, which: Literal["largest", "smallest"], form: Form | None) -> QuantConfig:
-        genome = self.extreme_genomes(np.random.default_rng(0), 1, which)
-        return self.decode(self.impose_form(genome, np.array([ALL_FORMS.index(form or self.forms[0])]))[0])
+        if form is None:
+            form = self.forms[0] if self.forms else None  # no common form: every gene keeps one of its own
+        allowed = self.formats_in(form)
+        bits = np.where(allowed, self.bits, -1 if which == "largest" else MAX_BITS + 1)
+        return self.decode(bits.argmax(1) if which == "largest" else bits.argmin(1))
 
     def largest(self, form: Form | None = None) -> QuantConfig:
         """All quantizers at their highest bit-width in one form (default: the first form of the space)."""
@@ -324,11 +372,17 @@ class QuantSpace:
         genome = np.zeros(self.num_genes, np.int16)
         for g, gene in enumerate(self.genes):
             wanted = bits if gene.slot == "weight" or act_bits is None else act_bits
-            fits = [i for i, f in enumerate(gene.formats) if f == (form.weight_format(f.bits) if gene.slot == "weight" else form.act_format(f.bits))]
+            fits = [
+                i
+                for i, f in enumerate(gene.formats)
+                if f == (form.weight_format(f.bits) if gene.slot == "weight" else form.act_format(f.bits))
+            ]
             if self.elastic[g]:
                 fits = [i for i in fits if gene.formats[i].bits == wanted]
             if not fits:
-                raise ValueError(f"layer {gene.layers[0]!r} cannot take {wanted}-bit {gene.slot}s in the form {form.name}.")
+                raise ValueError(
+                    f"layer {gene.layers[0]!r} cannot take {wanted}-bit {gene.slot}s in the form {form.name}."
+                )
             genome[g] = fits[-1]
         return self.decode(genome)
 
@@ -354,7 +408,11 @@ class QuantSpace:
         bits, sym, channel = (t[columns, genomes] for t in (self.bits, self.symmetric, self.per_channel))
         out = np.zeros((n, 6 + 2 * len(levels) * count), np.float32)
         weight = np.array([self.gene_of[layer.name, "weight"] for layer in self.layers])
-        acts = [(i, self.gene_of[layer.name, "act"]) for i, layer in enumerate(self.layers) if (layer.name, "act") in self.gene_of]
+        acts = [
+            (i, self.gene_of[layer.name, "act"])
+            for i, layer in enumerate(self.layers)
+            if (layer.name, "act") in self.gene_of
+        ]
         out[:, 1], out[:, 3] = channel[:, weight].mean(1), 1 - sym[:, weight].mean(1)
         out[:, 0], out[:, 2] = 1 - out[:, 1], 1 - out[:, 3]
         if acts:

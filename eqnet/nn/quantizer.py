@@ -1,0 +1,170 @@
+"""The elastic quantizer: one table of step sizes and offsets, one row per format, one active row (EQ-Net section 3.2).
+
+All formats of a quantizer live in two flat parameters. Row `r` owns `C` consecutive entries if it is per channel and one
+entry, gathered C times, if it is per tensor: EQ-Net learns both independently (Table 4). Selecting a format writes one
+int64 number, so any number of configs shares one compilation, and every parameter takes part in every backward pass.
+
+Rows that a step did not select have an exactly zero gradient. `eqnet.training.optimizer.SupernetAdamW` leaves entries
+with zero gradient and their moments untouched, so unselected rows do not drift with momentum (the official code's did).
+
+Departs from the official code: tables are allocated here, not in the first forward; the signedness of inputs and the
+calibrated flag are buffers, so a checkpoint loads without a calibration pass; the rows follow the space, not 2..8;
+the gradient scale of activations counts elements of one image (LSQ's N_F), so it does not depend on the batch.
+
+Shape legend: `R` formats (rows), `C` channels, `S` step sizes of the table, `A` offsets of the asymmetric rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from eqnet.nn.functional import choose_qparams, code_range, fake_quantize, quantize
+from eqnet.space import QuantFormat
+
+MAX_CALIBRATION_VALUES = 2**21  # values kept per observed tensor; evenly strided beyond that
+
+
+class ElasticQuantizer(nn.Module):
+    """Quantizes a tensor in any of several formats.
+
+    Args:
+        formats: the rows, in order.
+        channels: entries of a per-channel row; 1 for activations.
+        axis: axis of the channels in the tensor, None for activations.
+        ndim: dimensions of the quantized tensor; with `axis`, gives the broadcast shape of the step sizes.
+        numel: elements of the weight tensor; None for activations, where it is counted per image.
+        signed: initial signedness; `calibrate` decides it for activations.
+    """
+
+    scale: nn.Parameter
+    offset: nn.Parameter
+    row: Tensor
+    signed: Tensor
+    calibrated: Tensor
+
+    def __init__(
+        self,
+        formats: Sequence[QuantFormat],
+        channels: int = 1,
+        axis: int | None = None,
+        ndim: int = 1,
+        numel: int | None = None,
+        signed: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.formats = tuple(formats)
+        self.rows = {fmt: r for r, fmt in enumerate(self.formats)}
+        self.axis, self.numel = axis, numel
+        self.broadcast = (1,) * ndim if axis is None else tuple(channels if d == axis else 1 for d in range(ndim))
+        self.enabled = True
+        self.observing = False
+        self._observed: list[Tensor] = []
+        index, offset_index, entries, offsets = [], [], 0, 0
+        for fmt in self.formats:
+            width = channels if fmt.granularity == "channel" else 1
+            steps = torch.arange(channels) if width > 1 else torch.zeros(channels, dtype=torch.int64)
+            index.append(entries + steps)
+            entries += width
+            offset_index.append(torch.zeros_like(steps) if fmt.symmetric else offsets + steps)
+            offsets += 0 if fmt.symmetric else width
+        self.scale = nn.Parameter(torch.ones(entries, device=device))
+        self.offset = nn.Parameter(torch.zeros(max(offsets, 1), device=device), requires_grad=offsets > 0)
+        ranges = [[code_range(f.bits, s) for f in self.formats] for s in (False, True)]
+        wide = [1 if f.granularity == "tensor" else channels for f in self.formats]
+        for name, table in {
+            "index": torch.stack(index),
+            "offset_index": torch.stack(offset_index),
+            "asymmetric": torch.tensor([[float(not f.symmetric)] for f in self.formats]),
+            "ranges": torch.tensor(ranges, dtype=torch.float32),  # [signed, R, 2]
+            "group_numel": torch.tensor([(numel or 1) / w for w in wide]),
+        }.items():
+            self.register_buffer(name, table.to(device) if device is not None else table, persistent=False)
+        self.register_buffer("row", torch.zeros(1, dtype=torch.int64, device=device), persistent=False)
+        self.register_buffer("signed", torch.tensor([int(signed)], dtype=torch.int64, device=device))
+        self.register_buffer("calibrated", torch.tensor([False], device=device))
+
+    def select(self, fmt: QuantFormat) -> None:
+        """Makes `fmt` the active format. Raises ValueError if the quantizer has no such row."""
+        if fmt not in self.rows:
+            raise ValueError(f"no row for {fmt}; the quantizer has {len(self.rows)} formats.")
+        self.row.fill_(self.rows[fmt])
+
+    @property
+    def format(self) -> QuantFormat:
+        """The active format."""
+        return self.formats[int(self.row)]
+
+    def qparams(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(scale, offset, qmin, qmax) of the active row, broadcastable to the tensor; differentiable in the tables."""
+        index = self.index.index_select(0, self.row)[0]
+        offset_index = self.offset_index.index_select(0, self.row)[0]
+        scale = self.scale.index_select(0, index).view(self.broadcast)
+        asymmetric = self.asymmetric.index_select(0, self.row)
+        offset = (self.offset.index_select(0, offset_index) * asymmetric[0]).view(self.broadcast)
+        bounds = self.ranges.index_select(0, self.signed)[0].index_select(0, self.row)[0]
+        return scale, offset, bounds[0], bounds[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantizes `x` in the active format; same shape and dtype."""
+        if self.observing:
+            self._observe(x)
+        if not self.enabled:
+            return x
+        scale, offset, qmin, qmax = self.qparams()
+        if self.numel is None:
+            numel = float(x[0].numel())
+            grad_scale = torch.rsqrt(qmax * numel)
+        else:
+            grad_scale = torch.rsqrt(qmax * self.group_numel.index_select(0, self.row)[0])
+        return fake_quantize(x, scale, offset, qmin, qmax, grad_scale)
+
+    @torch.no_grad()
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(codes, step size, zero point) of `x` in the active format; see `functional.quantize`."""
+        return quantize(x, *self.qparams())
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """Sets every row from the values of `x` (EQ-Net's L2.4 search). Inputs without negative values become unsigned.
+
+        Args:
+            x: a weight tensor, or inputs of any shape.
+        """
+        device = self.scale.device
+        flat = x.detach().reshape(1, -1).float().to(device)
+        if self.axis is None:
+            self.signed.fill_(int(bool((flat < 0).any())))
+        signed = bool(self.signed)
+        per_channel = None if self.axis is None else x.detach().float().movedim(self.axis, 0).flatten(1).to(device)
+        for granularity, values in (("tensor", flat), ("channel", per_channel)):
+            rows = [r for r, f in enumerate(self.formats) if f.granularity == granularity]
+            if not rows or values is None:
+                continue
+            bits = torch.tensor([self.formats[r].bits for r in rows], device=device)
+            symmetric = torch.tensor([self.formats[r].symmetric for r in rows], device=device)
+            for start in range(0, len(values), 64):  # blocks of channels bound the memory
+                scale, offset = choose_qparams(values[start : start + 64], bits, symmetric, signed)
+                stop = start + scale.shape[1]
+                for i, r in enumerate(rows):
+                    span = slice(start, stop) if granularity == "channel" else slice(0, 1)
+                    self.scale[self.index[r, span]] = scale[i]
+                    if not self.formats[r].symmetric:
+                        self.offset[self.offset_index[r, span]] = offset[i]
+        self.calibrated.fill_(True)
+
+    def _observe(self, x: Tensor) -> None:
+        """Calibrates on everything seen since observation began (a layer may be called more than once)."""
+        flat = x.detach().flatten()
+        stride = -(-flat.numel() // MAX_CALIBRATION_VALUES)
+        kept = flat[::stride].float()
+        # a strided sample may miss the few extreme or negative values
+        self._observed.append(torch.cat([kept, flat.amin().float().view(1), flat.amax().float().view(1)]))
+        self.calibrate(torch.cat(self._observed))
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"formats={len(self.formats)}, entries={self.scale.numel()}, axis={self.axis}"

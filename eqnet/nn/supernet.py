@@ -1,0 +1,292 @@
+"""The supernet: a model whose convolution and linear layers take any config of a quantization space.
+
+EQ-Net (arXiv 2308.07650) section 3. The only mutable state of a config is the active row of each quantizer.
+
+Departs from the official code: layers are addressed by name; inputs read directly stay in float and are listed; BN
+statistics of a config are the exact average over a fixed set of batches, independent of what ran before (section 3.5
+there: 257 batches of momentum 0.1).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from eqnet.nn.layers import LAYER_TYPES, ElasticLayer, layer_kind, make_elastic, make_quantized
+from eqnet.nn.quantizer import ElasticQuantizer
+from eqnet.space import LayerInfo, QuantConfig, QuantSpace
+
+BATCH_NORM_TYPES = (nn.modules.batchnorm._BatchNorm,)
+
+
+class _DirectReads(TorchFunctionMode):
+    """Counts MACs of `F.linear` and convolutions that read a layer's weight without calling the layer."""
+
+    def __init__(self, names: dict[int, str]) -> None:
+        super().__init__()
+        self.names, self.macs = names, dict.fromkeys(names.values(), 0)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in ("linear", "conv1d", "conv2d"):
+            weight = (kwargs or {}).get("weight", args[1] if len(args) > 1 else None)
+            name = self.names.get(id(weight))
+            if name is not None:
+                self.macs[name] += out.numel() * weight[0].numel()
+        return out
+
+
+@torch.no_grad()
+def trace_layers(model: nn.Module, input_size: Sequence[int]) -> list[LayerInfo]:
+    """Facts about every quantizable layer, in order of first call (layers that are never called come last).
+
+    Runs one normally distributed image through a copy in eval mode; works on the meta device, where every input counts
+    as signed. `model` is not changed.
+
+    Args:
+        model: any network; its Conv1d, Conv2d, ConvTranspose2d and Linear layers (and subclasses) are listed.
+        input_size: `(C, H, W)` of one image.
+
+    Raises:
+        ValueError: the model has no quantizable layer, or cannot run on this input size.
+    """
+    net = copy.deepcopy(model).eval()
+    modules = {name: m for name, m in net.named_modules() if isinstance(m, LAYER_TYPES)}
+    if not modules:
+        raise ValueError("the model has no quantizable layer (Conv1d, Conv2d, ConvTranspose2d, Linear).")
+    device = next(net.parameters()).device
+    facts: dict[str, dict[str, Any]] = {}
+
+    def hook(name: str) -> Any:
+        def record(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            x, weight = args[0], module.weight
+            assert isinstance(weight, Tensor)
+            positions = x.numel() if layer_kind(module) == "conv_transpose" else out.numel()
+            fact = facts.setdefault(name, {"macs": 0, "act_numel": 0, "calls": 0, "signed_input": False})
+            fact["macs"] += positions * weight[0].numel()
+            fact["act_numel"] += x.numel()
+            fact["calls"] += 1
+            fact["signed_input"] |= True if x.is_meta else bool((x < 0).any())
+
+        return record
+
+    for name, module in modules.items():
+        module.register_forward_hook(hook(name))
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, *input_size, generator=generator).to(device)
+    reads = _DirectReads({id(m._parameters["weight"]): name for name, m in modules.items()})
+    try:
+        with reads:
+            net(image)
+    except (RuntimeError, AssertionError, IndexError) as error:
+        raise ValueError(f"the model cannot run on an input of size {tuple(input_size)}: {error}") from error
+    unread = {"act_numel": 0, "calls": 0, "signed_input": True}
+    for name in modules:
+        facts.setdefault(name, {**unread, "macs": reads.macs[name]})
+
+    def info(name: str, fact: dict[str, Any]) -> LayerInfo:
+        kind, weight = layer_kind(modules[name]), modules[name].weight
+        assert kind is not None
+        assert isinstance(weight, Tensor)
+        return LayerInfo(name, kind, tuple(weight.shape), **fact)
+
+    return [info(name, fact) for name, fact in facts.items()]
+
+
+def count_float_numel(model: nn.Module, layers: Iterable[LayerInfo]) -> int:
+    """Parameters and floating-point buffers that stay in float32: biases, BN, embeddings."""
+    quantized = {f"{layer.name}.weight" for layer in layers}
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return sum(t.numel() for name, t in tensors if name not in quantized and t.is_floating_point())
+
+
+class Supernet(nn.Module):
+    """A model converted in place to the formats of a space.
+
+    Attributes:
+        model: the converted model; its state dict has every float key, plus the quantizers' tables.
+        space: the formats each layer may take.
+        config: the active config; None means floating point.
+        uncovered: names of parameters with two or more dimensions that stay in float (embeddings, packed projections).
+
+    Raises:
+        ValueError: the space names layers that the model does not have, or the other way round.
+    """
+
+    def __init__(self, model: nn.Module, space: QuantSpace) -> None:
+        super().__init__()
+        modules = {name: m for name, m in model.named_modules() if isinstance(m, LAYER_TYPES)}
+        names = {layer.name for layer in space.layers}
+        if names != set(modules):
+            wrong = sorted(names ^ set(modules))
+            raise ValueError(f"the space does not belong to this model: {', '.join(wrong[:5])} on one side only.")
+        covered = {f"{name}.weight" for name in names}
+        self.uncovered = [n for n, p in model.named_parameters() if p.ndim > 1 and n not in covered]
+        for layer in space.layers:
+            make_elastic(modules[layer.name], layer, space)
+        self.model = model
+        self.space = space
+        self.config: QuantConfig | None = None
+        self._layers: dict[str, ElasticLayer] = {layer.name: modules[layer.name] for layer in space.layers}  # type: ignore[misc]
+        self.set_config(space.largest())
+
+    @staticmethod
+    def from_model(model: nn.Module, input_size: Sequence[int], **choices: Any) -> Supernet:
+        """Traces, builds the space and converts; `choices` as in `QuantSpace.from_layers`."""
+        layers = trace_layers(model, input_size)
+        return Supernet(model, QuantSpace.from_layers(layers, float_numel=count_float_numel(model, layers), **choices))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The model in the active config."""
+        return self.model(x)  # type: ignore[no-any-return]
+
+    @property
+    def layers(self) -> dict[str, ElasticLayer]:
+        """Elastic layers by name."""
+        return self._layers
+
+    def quantizers(self) -> Iterator[tuple[str, ElasticQuantizer]]:
+        """("layer.weight" or "layer.act", quantizer) of every quantizer."""
+        for name, layer in self._layers.items():
+            yield f"{name}.weight", layer.weight_quantizer
+            if layer.act_quantizer is not None:
+                yield f"{name}.act", layer.act_quantizer
+
+    def step_size_parameters(self) -> list[nn.Parameter]:
+        """All tables of step sizes and offsets, for an optimizer group of their own."""
+        return [p for _, q in self.quantizers() for p in (q.scale, q.offset) if p.requires_grad]
+
+    def latent_weights(self) -> dict[str, nn.Parameter]:
+        """The trained weights of the elastic layers by name, in order of execution."""
+        return {name: layer.latent_weight for name, layer in self._layers.items()}
+
+    def set_config(self, config: QuantConfig | None) -> None:
+        """Activates a config; None switches quantization off. No parameter changes.
+
+        Raises:
+            ValueError: the config is not a point of the space.
+        """
+        for _, quantizer in self.quantizers():
+            quantizer.enabled = config is not None
+        if config is not None:
+            if set(config) != set(self._layers):
+                self.space.check(config)
+            for name, layer in self._layers.items():
+                chosen = config[name]
+                try:
+                    layer.weight_quantizer.select(chosen.weight)
+                    if layer.act_quantizer is not None and chosen.act is not None:
+                        layer.act_quantizer.select(chosen.act)
+                    elif (layer.act_quantizer is None) != (chosen.act is None):
+                        raise ValueError("activation format does not fit.")
+                except ValueError:
+                    self.space.check(config)
+                    raise
+        self.config = config
+
+    @torch.no_grad()
+    def calibrate(self, images: Tensor) -> None:
+        """Initialises every row of every quantizer (EQ-Net section 3.2): weights, then inputs in one forward pass.
+
+        Each input is observed while everything before it runs in the largest config, with the batch's own BN statistics;
+        those of the model are left as they were.
+
+        Args:
+            images: calibration images [N, C, H, W], normalised as in training.
+        """
+        before = self.config
+        for layer in self._layers.values():
+            layer.weight_quantizer.calibrate(layer.float_weight)
+        self.set_config(self.space.largest())
+        saved = copy.deepcopy([m.state_dict() for m in self.modules() if isinstance(m, BATCH_NORM_TYPES)])
+        inputs = [layer.act_quantizer for layer in self._layers.values() if layer.act_quantizer is not None]
+        for quantizer in inputs:
+            quantizer.observing = True
+        try:
+            with _batch_norm_training(self):
+                self(images)
+        finally:
+            for quantizer in inputs:
+                quantizer.observing = False
+                quantizer._observed.clear()
+            batch_norms = [m for m in self.modules() if isinstance(m, BATCH_NORM_TYPES)]
+            for module, state in zip(batch_norms, saved, strict=True):
+                module.load_state_dict(state)
+            self.set_config(before)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether every quantizer has been calibrated (here or in the run that its checkpoint came from)."""
+        return all(bool(q.calibrated) for _, q in self.quantizers())
+
+    def recalibrate_bn(self, batches: Iterable[Tensor]) -> None:
+        """See `recalibrate_bn`; in the active config."""
+        recalibrate_bn(self, batches)
+
+    def extract(self, config: QuantConfig | None = None) -> nn.Module:
+        """The subnet of a config (default: the active one) as a model of its own with integer weights, in eval mode.
+
+        Its outputs equal the supernet's bit for bit. BN statistics are those the supernet has now: recalibrate first.
+
+        Raises:
+            ValueError: no config is active or given, or it is not a point of the space.
+        """
+        before = self.config
+        config = config or before
+        if config is None:
+            raise ValueError("quantization is off; give the config to extract.")
+        try:
+            self.set_config(config)
+            subnet = copy.deepcopy(self.model)
+        finally:
+            self.set_config(before)
+        for module in list(subnet.modules()):
+            if isinstance(module, ElasticLayer):
+                make_quantized(module)
+        return subnet.eval()
+
+
+@contextmanager
+def _batch_norm_training(model: nn.Module) -> Iterator[None]:
+    """Only BN layers in train mode; all modes and momenta as before afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, BATCH_NORM_TYPES) and module.track_running_stats:
+            module.train()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@torch.no_grad()
+def recalibrate_bn(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replaces BN statistics by their average over `batches` (EQ-Net section 3.5; BigNAS, EagleEye).
+
+    Exact averaging from scratch: the result does not depend on earlier statistics or configs.
+
+    Args:
+        model: any network, also one without BN (then nothing happens).
+        batches: images [N, C, H, W] of the training split.
+    """
+    momenta = [(m, m.momentum) for m in model.modules() if isinstance(m, BATCH_NORM_TYPES) and m.track_running_stats]
+    if not momenta:
+        return
+    for module, _ in momenta:
+        module.reset_running_stats()
+        module.momentum = None  # cumulative average
+    try:
+        with _batch_norm_training(model):
+            for images in batches:
+                model(images)
+    finally:
+        for module, momentum in momenta:
+            module.momentum = momentum

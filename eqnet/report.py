@@ -1,0 +1,188 @@
+"""Tables and pictures of a run: accuracy by bit-width and form, Pareto front, bits per layer, predicted against measured."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from eqnet.checkpoint import atomic_write_text
+from eqnet.scoring.evaluation import UniformAccuracy
+from eqnet.space import ALL_FORMS, COSTS, Genomes, QuantConfig, QuantSpace
+
+WEIGHT_COLOR, ACT_COLOR, UNIFORM_COLOR, CHOSEN_COLOR = "#1f5fa8", "#e08a1e", "#7a7a7a", "#c0392b"
+
+
+def _figure(width: float = 7.0, height: float = 4.2, columns: int = 1) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+    for axis in np.ravel(axes):
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=130, format="png")
+    plt.close(figure)
+    temporary.replace(path)
+    return path
+
+
+def uniform_table(results: Sequence[UniformAccuracy], split: str, float_accuracy: float | None) -> Table:
+    """Accuracy in percent: one row per form, one column per bit-width, and the mean over forms."""
+    bits = sorted({r.bits for r in results})
+    title = f"{split} accuracy [%] of every uniform bit-width (weights = activations)"
+    table = Table(
+        title=title, title_justify="left", caption=None if float_accuracy is None else f"float: {float_accuracy:.2f}"
+    )
+    table.add_column("weights granularity-symmetry, activations")
+    for b in bits:
+        table.add_column(f"{b} bit", justify="right")
+    by_form: dict[str, dict[int, float]] = {}
+    for r in results:
+        by_form.setdefault(r.form.name, {})[r.bits] = r.accuracy[split]
+    for form, row in by_form.items():
+        table.add_row(form, *(f"{row[b]:.2f}" for b in bits))
+    table.add_section()
+    table.add_row("mean over forms", *(f"{np.mean([row[b] for row in by_form.values()]):.2f}" for b in bits))
+    return table
+
+
+def winner_table(found: Sequence[Mapping[str, Any]], space: QuantSpace) -> Table:
+    """The searched config beside the best uniform one within the budget: accuracies in percent and every cost."""
+    table = Table(title="searched subnet and the best uniform config within the budget", title_justify="left")
+    for column in ("", "form", "test", "validation", "predicted"):
+        table.add_column(column, justify="left" if column in ("", "form") else "right")
+    costs = {name: build(space) for name, build in COSTS.items()}
+    for title in ("weight bits", "act bits", "size", "BitOps"):
+        table.add_column(title, justify="right")
+    for label, entry in zip(("searched", "uniform"), found, strict=False):
+        accuracy = entry["accuracy"]
+        figures = [f"{accuracy[s]:.2f}" for s in ("test", "validation", "predicted")]
+        table.add_row(label, entry["form"], *figures, *(c.format(entry["cost"][n]) for n, c in costs.items()))
+    return table
+
+
+def write_front(genomes: Genomes, scores: NDArray[Any], space: QuantSpace, path: Path) -> None:
+    """A Pareto front as CSV: predicted accuracy, every cost, the form, then weight and activation bits of each layer."""
+    configs = [space.decode(g) for g in genomes]
+    costs = {name: build(space)(genomes) for name, build in COSTS.items()}
+    names = [layer.name for layer in space.layers]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["predicted", *costs, "form", *(f"{n}.weight" for n in names), *(f"{n}.act" for n in names)])
+    for i, config in enumerate(configs):
+        form = ALL_FORMS[int(space.form_of(genomes[i : i + 1])[0])].name
+        acts = [config[n].act for n in names]
+        bits = [*(config[n].weight.bits for n in names), *("float" if a is None else a.bits for a in acts)]
+        writer.writerow([f"{scores[i]:.4f}", *(f"{c[i]:.6g}" for c in costs.values()), form, *bits])
+    atomic_write_text(path, buffer.getvalue())
+
+
+def plot_uniform(results: Sequence[UniformAccuracy], split: str, float_accuracy: float | None, path: Path) -> Path:
+    """Accuracy against bit-width, one line per form, the float model as a dashed line."""
+    figure, axis = _figure(7.5, 4.2)
+    forms = list(dict.fromkeys(r.form for r in results))
+    for i, form in enumerate(forms):
+        rows = sorted((r.bits, r.accuracy[split]) for r in results if r.form == form)
+        color = WEIGHT_COLOR if form.granularity == "channel" else ACT_COLOR
+        style = "-" if form.weight_symmetric else "--"
+        marker = "o" if form.act_symmetric else "s"
+        axis.plot(
+            *zip(*rows, strict=True),
+            style,
+            color=color,
+            marker=marker,
+            ms=4,
+            lw=1.2,
+            alpha=0.85,
+            label=form.name,
+            zorder=len(forms) - i,
+        )
+    if float_accuracy is not None:
+        axis.axhline(float_accuracy, color="black", lw=0.8, ls=":", label="float")
+    axis.set_xlabel("bit-width of weights and activations")
+    axis.set_ylabel(f"{split} accuracy [%]")
+    axis.set_xticks(sorted({r.bits for r in results}))
+    axis.legend(
+        fontsize=7,
+        title="granularity-weights-activations",
+        title_fontsize=7,
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+    )
+    return _save(figure, path)
+
+
+def plot_front(
+    front: Mapping[str, NDArray[Any]],
+    uniform: Mapping[str, NDArray[Any]],
+    chosen: tuple[float, float] | None,
+    cost_label: str,
+    path: Path,
+) -> Path:
+    """Predicted accuracy against cost: the front, the uniform configs, the chosen one.
+
+    Args:
+        front, uniform: arrays "cost" and "accuracy".
+        chosen: (cost, accuracy) of the winner; None leaves it out.
+        cost_label: axis label with unit.
+        path: of the picture.
+    """
+    figure, axis = _figure()
+    axis.plot(front["cost"], front["accuracy"], "-o", ms=3, color=WEIGHT_COLOR, label="Pareto front (predicted)")
+    axis.plot(uniform["cost"], uniform["accuracy"], "x", color=UNIFORM_COLOR, label="uniform configs (predicted)")
+    if chosen is not None:
+        axis.plot([chosen[0]], [chosen[1]], "*", ms=14, color=CHOSEN_COLOR, label="chosen (predicted)")
+    axis.set_xlabel(cost_label)
+    axis.set_ylabel("predicted validation accuracy [%]")
+    axis.legend(fontsize=8, loc="lower right")
+    return _save(figure, path)
+
+
+def plot_bits(config: QuantConfig, space: QuantSpace, path: Path) -> Path:
+    """Weight and activation bits of every layer as bars; fixed layers hatched."""
+    names = [layer.name for layer in space.layers]
+    figure, axis = _figure(max(7.0, 0.32 * len(names) + 1.5), 4.0)
+    x = np.arange(len(names))
+    for shift, color, label, slot in (
+        (-0.2, WEIGHT_COLOR, "weights", "weight"),
+        (0.2, ACT_COLOR, "activations", "act"),
+    ):
+        formats = [getattr(config[n], slot) for n in names]
+        bars = axis.bar(x + shift, [0 if f is None else f.bits for f in formats], 0.4, color=color, label=label)
+        for name, bar in zip(names, bars, strict=True):
+            if name in space.fixed:
+                bar.set_hatch("////")
+                bar.set_edgecolor("white")
+    axis.set_xticks(x, names, rotation=90, fontsize=7)
+    axis.set_yticks(range(0, 9, 2))
+    axis.set_ylabel("bits (hatched: fixed)")
+    axis.legend(fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0))
+    return _save(figure, path)
+
+
+def plot_predictor(predicted: NDArray[Any], measured: NDArray[Any], metrics: Mapping[str, float], path: Path) -> Path:
+    """Predicted against measured accuracy of held-out configs, with the rank correlations."""
+    figure, axis = _figure(4.6, 4.4)
+    axis.plot(measured, predicted, ".", color=WEIGHT_COLOR, ms=5, alpha=0.7)
+    ends = [min(measured.min(), predicted.min()), max(measured.max(), predicted.max())]
+    axis.plot(ends, ends, ":", color="black", lw=0.8)
+    text = "\n".join(f"{name} {value:.3f}" for name, value in metrics.items() if np.isfinite(value))
+    axis.text(0.04, 0.96, text, transform=axis.transAxes, va="top", fontsize=8)
+    axis.set_xlabel("measured validation accuracy [%]")
+    axis.set_ylabel("predicted [%] (held-out configs)")
+    return _save(figure, path)

@@ -1,0 +1,306 @@
+"""The folder of a run: settings, data split, checkpoints, the trained supernet, and everything later built from it.
+
+    runs/<name>/  settings.yaml  split.json  metrics.jsonl  float.safetensors  supernet.safetensors  supernet.json
+                  checkpoints/<phase>-<step>/   evaluation.json|png   table/  predictor.*  search/<budget>/
+
+A checkpoint folder appears by one rename when it is complete, and carries the checksum of each file, so a cut-off or
+damaged one is never taken for a good one. Nothing that exists is overwritten by another run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from timm.data import resolve_data_config
+from torch import nn
+
+import eqnet.nn.models  # noqa: F401  registers the CIFAR ResNets with timm
+from eqnet.checkpoint import (
+    atomic_write_text,
+    load_float_weights,
+    load_tensors,
+    read_json,
+    save_tensors,
+    write_json,
+)
+from eqnet.data import DataSplits, load_data
+from eqnet.nn.supernet import Supernet
+from eqnet.settings import ModelSettings, Settings, dump_settings, load_settings
+from eqnet.space import QuantSpace
+
+PHASES = ("float", "supernet")
+KEPT_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: the state after `step` optimizer steps of `phase`."""
+
+    phase: str
+    step: int
+    path: Path
+
+
+class Run:
+    """One run's folder."""
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self.path, self.settings = path, settings
+
+    # -- finding and making -------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def create(settings: Settings, accelerator: Accelerator) -> Run:
+        """Makes the folder `settings.output`, or a new one below `runs/`; all processes get the same.
+
+        Raises:
+            ValueError: the folder already holds something.
+        """
+        answer: list[Any] = [None]
+        if accelerator.is_main_process:
+            try:
+                answer = [Run._make_folder(settings)]
+                atomic_write_text(Path(answer[0]) / "settings.yaml", dump_settings(settings))
+            except (ValueError, OSError) as error:
+                answer = [error]
+        broadcast_object_list(answer)
+        if isinstance(answer[0], ValueError):
+            raise answer[0]
+        if isinstance(answer[0], OSError):
+            raise ValueError(f"cannot write the run's folder: {answer[0]}.") from answer[0]
+        return Run(Path(answer[0]), settings)
+
+    @staticmethod
+    def _make_folder(settings: Settings) -> str:
+        if settings.output is not None:
+            path = Path(settings.output)
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise ValueError(f"{path} already exists; continue that run with --resume or give another output=.")
+            path.mkdir(parents=True, exist_ok=True)
+            return str(path)
+        stem = re.sub(r"[^\w.-]+", "-", f"{Path(settings.data.name).stem}-{settings.model.name}")
+        for suffix in ["", *(f"-{i}" for i in range(2, 1000))]:
+            path = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{stem}{suffix}"
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            return str(path)
+        raise AssertionError("a thousand runs in one second")
+
+    @staticmethod
+    def unsaved(settings: Settings) -> Run:
+        """A run without a folder yet, for checks that must pass before one is made."""
+        return Run(Path(os.devnull), settings)
+
+    @staticmethod
+    def open(path: str | Path | None) -> Run:
+        """An existing run: a folder, or None for the one in `runs/` that was changed last.
+
+        Raises:
+            ValueError: there is no run.
+        """
+        if path is None:
+            found = [p.parent for p in Path("runs").glob("*/settings.yaml")]
+            if not found:
+                raise ValueError("there is no run below runs/; train one with `accelerate launch train.py` first.")
+            path = max(found, key=lambda p: ((p / "settings.yaml").stat().st_mtime, p.name))
+        path = Path(path)
+        if not (path / "settings.yaml").is_file():
+            raise ValueError(f"{path} is not the folder of a run (it has no settings.yaml).")
+        return Run(path, load_settings([str(path / "settings.yaml")]))
+
+    @staticmethod
+    def resume(settings: Settings | None, output: str | None) -> Run:
+        """The run to continue; `settings`, if given, must be those it was started with.
+
+        Raises:
+            ValueError: there is no run, or a setting differs (named).
+        """
+        run = Run.open(output)
+        if settings is not None:
+            old, new = _flatten(run.settings.model_dump()), _flatten(settings.model_dump())
+            changed = [k for k in new if k != "output" and new[k] != old.get(k)]
+            if changed:
+                key = changed[0]
+                raise ValueError(
+                    f"{run.path} was started with {key}={old.get(key)}; a resumed run keeps its settings (got {new[key]})."
+                )
+        return run
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, accelerator: Accelerator, phase: str, step: int) -> None:
+        """Saves everything needed to continue bit for bit; called by all processes."""
+        folder = self.path / "checkpoints"
+        final = folder / f"{phase}-{step:08d}"
+        if final.exists():
+            return
+        partial = folder / f".{final.name}.partial"
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial), safe_serialization=True)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            sums = {p.name: _sha256(p) for p in sorted(partial.iterdir())}
+            write_json(partial / "state.json", {"phase": phase, "step": step, "sha256": sums})
+            partial.rename(final)
+            for old in self._checkpoints()[KEPT_CHECKPOINTS:]:
+                shutil.rmtree(old.path)
+        accelerator.wait_for_everyone()
+
+    def _checkpoints(self) -> list[Checkpoint]:
+        """Newest first; names only, not verified."""
+        found = []
+        for path in (self.path / "checkpoints").glob("*-*"):
+            phase, _, step = path.name.partition("-")
+            if phase in PHASES and step.isdigit():
+                found.append(Checkpoint(phase, int(step), path))
+        return sorted(found, key=lambda c: (PHASES.index(c.phase), c.step), reverse=True)
+
+    def newest_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest checkpoint whose checksums hold, and a sentence about each damaged one that was passed over."""
+        notes = []
+        for checkpoint in self._checkpoints():
+            try:
+                sums = read_json(checkpoint.path / "state.json")["sha256"]
+                damaged = [name for name, value in sums.items() if _sha256(checkpoint.path / name) != value]
+            except (ValueError, OSError, KeyError, TypeError, AttributeError):
+                damaged = ["state.json"]
+            if not damaged:
+                return checkpoint, notes
+            notes.append(f"checkpoint {checkpoint.path} is damaged ({', '.join(damaged)}); using an earlier one.")
+        return None, notes
+
+    # -- data split ---------------------------------------------------------------------------------------------------
+
+    def store_split(self, data: DataSplits, accelerator: Accelerator) -> None:
+        """Writes `split.json` once: the numbers of the images of each split, and a fingerprint."""
+        path = self.path / "split.json"
+        if accelerator.is_main_process and not path.exists():
+            write_json(path, {"fingerprint": data.fingerprint, "indices": data.indices})
+        accelerator.wait_for_everyone()
+
+    # -- the trained supernet -----------------------------------------------------------------------------------------
+
+    def save_supernet(self, supernet: Supernet, facts: Mapping[str, Any]) -> None:
+        """Writes `supernet.safetensors` and `supernet.json` (space, classes, input); the JSON marks completion."""
+        save_tensors(self.path / "supernet.safetensors", supernet.model.state_dict())
+        header = {**facts, "space": supernet.space.to_json(), "uncovered": supernet.uncovered, "versions": versions()}
+        write_json(self.path / "supernet.json", header)
+
+    def load_supernet(self) -> tuple[Supernet, dict[str, Any]]:
+        """The trained supernet in eval mode, and the facts it was saved with.
+
+        Raises:
+            ValueError: training has not finished, or the files are damaged or belong to another model.
+        """
+        if not (self.path / "supernet.json").exists():
+            raise ValueError(
+                f"{self.path} has no trained supernet yet; finish it with `accelerate launch train.py --resume`."
+            )
+        header = read_json(self.path / "supernet.json")
+        try:
+            space, classes, size = QuantSpace.from_json(header["space"]), header["num_classes"], header["input_size"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.path / 'supernet.json'} does not describe a supernet: {error} is missing."
+            ) from error
+        supernet = Supernet(create_float_model(self.settings.model, classes, size[0], weights=False), space)
+        load_supernet_weights(supernet, self.path / "supernet.safetensors")
+        return supernet.eval(), header
+
+
+def open_data(run: Run) -> DataSplits:
+    """The data of a run, split as stored if it has been split before.
+
+    Raises:
+        ValueError: the data cannot be read, or are not those of the run's split.
+    """
+    s, path = run.settings, run.path / "split.json"
+    stored = read_json(path) if path.exists() else None
+    config = timm.models.get_pretrained_cfg(s.model.name) if timm.is_model(s.model.name) else None
+    data_config = None if config is None else resolve_data_config(pretrained_cfg=config.to_dict())
+    data = load_data(s.data, s.seed, data_config, indices=stored["indices"] if stored else None)
+    if stored and stored["fingerprint"] != data.fingerprint:
+        raise ValueError(f"the images or labels of {s.data.name} are not those that {run.path} was trained on.")
+    return data
+
+
+def load_supernet_weights(supernet: Supernet, path: Path) -> None:
+    """Loads a supernet's tensors strictly.
+
+    Raises:
+        ValueError: the file is damaged, or of another model or space.
+    """
+    tensors = load_tensors(path)
+    own = supernet.model.state_dict()
+    wrong = sorted(set(own) ^ set(tensors)) or [k for k in own if own[k].shape != tensors[k].shape]
+    if wrong:
+        listed = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        raise ValueError(f"{path} belongs to another model or space; these keys do not fit: {listed}.")
+    supernet.model.load_state_dict(tensors)
+
+
+def create_float_model(settings: ModelSettings, num_classes: int, in_chans: int, *, weights: bool = True) -> nn.Module:
+    """The float network of the settings.
+
+    Args:
+        settings: which model, and where its weights come from.
+        num_classes: outputs.
+        in_chans: channels of the images.
+        weights: load pretrained or given weights; False leaves them random (they will be loaded from the run).
+
+    Raises:
+        ValueError: unknown model, arguments it does not take, weights that cannot be had or do not fit.
+    """
+    pretrained = settings.pretrained and weights
+    try:
+        model: nn.Module = timm.create_model(
+            settings.name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **settings.arguments
+        )
+    except (RuntimeError, TypeError, ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"cannot create the model {settings.name!r}: {reason}.") from error
+    if weights and settings.weights is not None:
+        source = Path(settings.weights)
+        load_float_weights(model, source / "float.safetensors" if source.is_dir() else source)
+    return model
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("eqnet", "torch", "timm", "numpy")}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping) and key != "arguments":
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,224 @@
+"""Measured accuracy of configs, and the accuracy table that the predictor learns from.
+
+Every config is measured with BN statistics recalibrated from scratch on the same training images (EQ-Net section 3.5) and
+on images that trained nothing (the official code labels with images its supernet has seen). Work is sharded over
+processes by index; a row is one appended line, so a killed build loses at most the row in flight.
+
+Shape legend: `N` configs, `G` genes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from eqnet.checkpoint import read_json, write_json
+from eqnet.data import Batches, Data, DataSplits, calibration_batches
+from eqnet.nn.supernet import Supernet, recalibrate_bn
+from eqnet.settings import Settings
+from eqnet.space import Form, Genomes, MeanBitsSampler, QuantConfig, QuantSpace
+
+LabelledBatches = Sequence[tuple[Tensor, Tensor]]
+Advance = Callable[[], None]
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, batches: LabelledBatches) -> float:
+    """Top-1 accuracy in percent of a model in eval mode on (images [N, C, H, W], labels [N])."""
+    correct = torch.zeros((), dtype=torch.int64, device=batches[0][0].device)
+    count = 0
+    for images, labels in batches:
+        correct += (model(images).argmax(1) == labels).sum()
+        count += len(labels)
+    return 100.0 * int(correct) / count
+
+
+class Evaluator:
+    """Measures configs of one supernet.
+
+    Args:
+        supernet: in eval mode; its config and BN statistics change.
+        bn_batches: training images that recalibrate BN, the same for every config.
+        splits: labelled batches by split name, e.g. {"validation": ..., "test": ...}.
+    """
+
+    def __init__(self, supernet: Supernet, bn_batches: Sequence[Tensor], splits: Mapping[str, LabelledBatches]) -> None:
+        for name, batches in splits.items():
+            if not batches:
+                raise ValueError(f"the {name} split is empty; nothing can be measured on it.")
+        self.supernet, self.bn_batches, self.splits = supernet.eval(), bn_batches, splits
+
+    @staticmethod
+    def from_data(supernet: Supernet, data: DataSplits, settings: Settings, device: torch.device) -> Evaluator:
+        """The evaluator of a run: its validation and test images, BN recalibrated as its settings say."""
+        s, size = settings.search, max(settings.data.batch_size, 256)
+
+        def labelled(split: Data, limit: int | None) -> LabelledBatches:
+            batches = Batches(
+                split,
+                size,
+                seed=settings.seed,
+                device=device,
+                train=False,
+                augment="none",
+                mean=data.mean,
+                std=data.std,
+            )
+            kept, count = [], 0
+            for images, labels in batches.epoch(0):
+                room = len(labels) if limit is None else limit - count
+                if room <= 0:
+                    break
+                kept.append((images[:room], labels[:room]))
+                count += len(labels)
+            return kept
+
+        bn = calibration_batches(data, s.bn_images, size, settings.seed, device)
+        splits = {"validation": labelled(data.validation, s.max_validation_images), "test": labelled(data.test, None)}
+        return Evaluator(supernet, bn, splits)
+
+    def measure(self, config: QuantConfig, *splits: str) -> list[float]:
+        """Accuracy in percent of a config on each named split, BN recalibrated first."""
+        self.supernet.set_config(config)
+        recalibrate_bn(self.supernet, self.bn_batches)
+        return [accuracy(self.supernet, self.splits[s]) for s in splits]
+
+    def measure_all(
+        self,
+        configs: Sequence[QuantConfig],
+        splits: Sequence[str],
+        accelerator: Accelerator,
+        advance: Advance | None = None,
+    ) -> NDArray[np.float64]:
+        """Accuracies [N, len(splits)] in percent; each process measures its share, all get everything."""
+        mine = []
+        for i in range(accelerator.process_index, len(configs), accelerator.num_processes):
+            mine.append((i, self.measure(configs[i], *splits)))
+            if advance is not None:
+                advance()
+        out = np.zeros((len(configs), len(splits)))
+        for i, values in gather_object(mine):
+            out[i] = values
+        return out
+
+
+@dataclass(frozen=True)
+class UniformAccuracy:
+    """Accuracy in percent of one uniform config by split."""
+
+    bits: int
+    form: Form
+    accuracy: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        return {"bits": self.bits, "form": self.form.name, **self.accuracy}
+
+
+def uniform_configs(space: QuantSpace) -> list[tuple[int, Form, QuantConfig]]:
+    """Every uniform bit-width in every form of the space: 7 x 8 = 56 for the full space."""
+    return [(bits, form, space.uniform(bits, form)) for form in space.forms for bits in space.uniform_bits]
+
+
+def evaluate_uniform(
+    evaluator: Evaluator, splits: Sequence[str], accelerator: Accelerator, advance: Advance | None = None
+) -> list[UniformAccuracy]:
+    """Measures every uniform config on the given splits."""
+    points = uniform_configs(evaluator.supernet.space)
+    measured = evaluator.measure_all([c for _, _, c in points], splits, accelerator, advance)
+    return [
+        UniformAccuracy(bits, form, dict(zip(splits, row.tolist(), strict=True)))
+        for (bits, form, _), row in zip(points, measured, strict=True)
+    ]
+
+
+# -- the accuracy table -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AccuracyTable:
+    """Configs as genomes int16 [N, G] of the training space, and their validation accuracy in percent float64 [N]."""
+
+    genomes: Genomes
+    accuracy: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.genomes)
+
+
+def table_genomes(space: QuantSpace, size: int, seed: int) -> Genomes:
+    """The configs of a table, int16 [size, G]: mean bits spread over the whole range, forms mixed (EQ-Net section 3.4).
+
+    Row `i` depends on (seed, i) only, so a larger table begins with the rows of a smaller one.
+    """
+    sampler = MeanBitsSampler(space)
+    return np.concatenate([sampler.sample(np.random.default_rng((seed, 1, i)), 1) for i in range(size)])
+
+
+def build_table(
+    evaluator: Evaluator, folder: Path, size: int, seed: int, accelerator: Accelerator, advance: Advance | None = None
+) -> AccuracyTable:
+    """Measures the rows that `folder` lacks and returns the table of `size` rows.
+
+    Each process appends to its own `rows-<rank>.jsonl`. A later call with more rows, or another number of processes,
+    measures only what is missing.
+
+    Raises:
+        ValueError: the folder holds a table of another seed, space or measurement.
+    """
+    space = evaluator.supernet.space
+    header = {
+        "seed": seed,
+        "bn_images": sum(len(b) for b in evaluator.bn_batches),
+        "validation_images": sum(len(y) for _, y in evaluator.splits["validation"]),
+        "genes": [[gene.slot, *gene.layers, len(gene.formats)] for gene in space.genes],
+    }
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "header.json").exists():
+            write_json(folder / "header.json", header)
+    accelerator.wait_for_everyone()
+    if read_json(folder / "header.json") != header:
+        raise ValueError(
+            f"{folder} holds a table measured otherwise (seed, space or images); move it away to build a new one."
+        )
+    genomes = table_genomes(space, size, seed)
+    known = dict(_read_rows(folder))
+    for _ in range(sum(i < size for i in known)):
+        if advance is not None and accelerator.is_main_process:
+            advance()
+    accelerator.wait_for_everyone()
+    missing = [i for i in range(size) if i not in known]
+    with (folder / f"rows-{accelerator.process_index}.jsonl").open("a") as file:
+        if file.tell():
+            file.write("\n")  # ends a line that a kill cut short
+        for i in missing[accelerator.process_index :: accelerator.num_processes]:
+            (value,) = evaluator.measure(space.decode(genomes[i]), "validation")
+            file.write(json.dumps({"index": i, "accuracy": value}) + "\n")
+            file.flush()
+            if advance is not None:
+                advance()
+    accelerator.wait_for_everyone()
+    rows = dict(_read_rows(folder))
+    return AccuracyTable(genomes, np.array([rows[i] for i in range(size)]))
+
+
+def _read_rows(folder: Path) -> Iterator[tuple[int, float]]:
+    """Complete rows of all shards; a line cut short by a kill is skipped and measured again."""
+    for path in sorted(folder.glob("rows-*.jsonl")):
+        for line in path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+                yield int(row["index"]), float(row["accuracy"])
+            except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+                continue

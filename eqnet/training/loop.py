@@ -1,0 +1,359 @@
+"""The training loop on accelerate: a float phase, then the supernet phase; one place for schedule, checkpoints, resume.
+
+EQ-Net (arXiv 2308.07650) section 4.1: Adam, cosine schedule per iteration, gradients clipped by value. Learning rates and
+configs are pure functions of (seed, step) and batches of (seed, epoch, batch), so a checkpoint holds only tensors, the
+optimizer and generator states, and a resumed run equals an uninterrupted one bit for bit on CPU.
+
+Departs from the official code: the schedule counts optimizer steps and so holds for any number of processes; resuming
+restores everything; the loss of every subnet is logged, not only that of the smallest.
+"""
+
+from __future__ import annotations
+
+import copy
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from timm.data.mixup import Mixup
+from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+
+from eqnet.checkpoint import load_float_weights, save_tensors
+from eqnet.command import Interrupted
+from eqnet.data import Batches, DataSplits, calibration_batches
+from eqnet.nn.supernet import Supernet
+from eqnet.run import Checkpoint, Run, create_float_model
+from eqnet.settings import Settings
+from eqnet.space import QuantConfig, SandwichSampler
+from eqnet.tracking import Tracker
+from eqnet.training.optimizer import SupernetAdamW, cosine, parameter_groups
+from eqnet.training.step import Criterion, supernet_step
+
+ComputeStep = Callable[[Tensor, Tensor, int], dict[str, Tensor]]
+Evaluate = Callable[[nn.Module, int], dict[str, float]]
+STOP_CHECK_STEPS = 10  # processes agree on a received signal this often
+
+
+class DivergedError(ValueError):
+    """The loss is not finite."""
+
+
+def make_accelerator(settings: Settings) -> Accelerator:
+    """The accelerator of a run: precision from the settings, devices and processes from `accelerate launch`."""
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)  # active rows and BN statistics are per process
+    accelerator = Accelerator(mixed_precision=settings.train.precision, kwargs_handlers=[ddp])
+    set_seed(settings.seed, device_specific=True)
+    return accelerator
+
+
+class Trainer:
+    """Trains the float model and the supernet of one run.
+
+    Args:
+        run: the folder; its settings define everything.
+        accelerator: from `make_accelerator`.
+        data: the splits.
+        tracker: receives figures.
+        console: where progress is shown, on the main process.
+        evaluate: called with (bare model, step) every `evaluate_epochs` of the supernet phase; returns figures to log.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        accelerator: Accelerator,
+        data: DataSplits,
+        tracker: Tracker,
+        console: Console,
+        evaluate: Evaluate,
+    ) -> None:
+        self.run, self.accelerator, self.data = run, accelerator, data
+        self.tracker, self.console, self.evaluate = tracker, console, evaluate
+        self.settings = run.settings
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.batches = Batches(
+            data.train,
+            self.settings.data.batch_size,
+            seed=self.settings.seed,
+            device=accelerator.device,
+            train=True,
+            augment=self.settings.data.augment,
+            mean=data.mean,
+            std=data.std,
+            rank=self.rank,
+            world_size=self.world,
+            workers=self.settings.data.workers,
+        )
+        self._stop_signal = 0
+
+    # -- the two phases -----------------------------------------------------------------------------------------------
+
+    def fit(self, resume: Checkpoint | None) -> Supernet:
+        """Runs what is left of both phases and returns the trained supernet (its EMA if one is kept).
+
+        Raises:
+            DivergedError: the loss is not finite; the last checkpoint is intact.
+            Interrupted: SIGINT or SIGTERM arrived; a checkpoint was written.
+        """
+        with self._catch_signals():
+            model = self._float_phase(
+                resume if resume and resume.phase == "float" else None,
+                done=resume is not None and resume.phase == "supernet",
+            )
+            return self._supernet_phase(model, resume if resume and resume.phase == "supernet" else None)
+
+    def _float_phase(self, resume: Checkpoint | None, done: bool) -> nn.Module:
+        s = self.settings
+        model = create_float_model(s.model, self.data.num_classes, self.data.input_size[0], weights=not done)
+        stored = self.run.path / "float.safetensors"
+        if stored.exists():
+            load_float_weights(model, stored)
+            return model.to(self.accelerator.device)
+        trained = s.model.pretrained or s.model.weights is not None
+        if s.float.epochs and not trained:
+            model = self._to_device(model)
+            criterion, mix = self._criterion()
+
+            def compute(images: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
+                images, targets = mix(images, labels) if mix is not None else (images, labels)
+                with self.accelerator.autocast():
+                    logits = prepared(images)
+                loss = criterion(logits.float(), targets)
+                self.accelerator.backward(loss)
+                return {"task": loss.detach()}
+
+            groups = parameter_groups(model, [], lr=s.float.lr, step_size_lr=0.0, weight_decay=s.train.weight_decay)
+            prepared, optimizer = self.accelerator.prepare(model, SupernetAdamW(groups))
+            self._phase("float", prepared, optimizer, s.float.epochs, compute, resume, warmup_epochs=1.0)
+            model = self.accelerator.unwrap_model(prepared)
+            self.accelerator.free_memory()
+        if self.accelerator.is_main_process:
+            save_tensors(stored, model.state_dict())
+        self.accelerator.wait_for_everyone()
+        return model.to(self.accelerator.device)
+
+    def _supernet_phase(self, model: nn.Module, resume: Checkpoint | None) -> Supernet:
+        s, t = self.settings, self.settings.train
+        teacher = None
+        if t.teacher == "float":
+            teacher = copy.deepcopy(model).eval().requires_grad_(False)
+        choices = s.space.model_dump()
+        supernet = Supernet.from_model(model, self.data.input_size, **choices)
+        self._to_device(supernet)
+        if supernet.uncovered and self.accelerator.is_main_process:
+            self.console.print(f"left in floating point: {', '.join(supernet.uncovered)}", style="dim")
+        if resume is None:
+            images = calibration_batches(
+                self.data, t.calibration_images, t.calibration_images, s.seed, self.accelerator.device
+            )
+            supernet.calibrate(images[0])
+        ema = None if t.ema_decay is None else ModelEmaV3(supernet, decay=t.ema_decay)
+        groups = parameter_groups(
+            supernet, supernet.step_size_parameters(), lr=t.lr, step_size_lr=t.step_size_lr, weight_decay=t.weight_decay
+        )
+        wrapped: nn.Module = supernet
+        if t.sync_bn and self.world > 1 and self.accelerator.device.type == "cuda":
+            wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(supernet)
+        prepared, optimizer = self.accelerator.prepare(wrapped, SupernetAdamW(groups))
+        if ema is not None:
+            self.accelerator.register_for_checkpointing(ema)
+        sampler = SandwichSampler(supernet.space, num_random=t.num_random, form_per=t.form_per)
+        criterion, mix = self._criterion()
+
+        def compute(images: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
+            images, targets = mix(images, labels) if mix is not None else (images, labels)
+            configs = step_configs(sampler, s.seed, step)
+            return supernet_step(
+                self.accelerator, prepared, supernet, images, targets, configs, criterion, t, teacher=teacher
+            )
+
+        self._phase("supernet", prepared, optimizer, t.epochs, compute, resume, t.warmup_epochs, ema, supernet)
+        trained = supernet if ema is None else ema.module
+        assert isinstance(trained, Supernet)
+        return trained.eval()
+
+    def _to_device(self, model: nn.Module) -> nn.Module:
+        layout = torch.channels_last if self.settings.train.channels_last else torch.contiguous_format
+        return model.to(self.accelerator.device, memory_format=layout)  # type: ignore[call-overload, no-any-return]
+
+    def _criterion(self) -> tuple[Criterion, Mixup | None]:
+        t = self.settings.train
+        if t.mixup or t.cutmix:
+            mix = Mixup(t.mixup, t.cutmix, label_smoothing=t.label_smoothing, num_classes=self.data.num_classes)
+            return SoftTargetCrossEntropy(), mix
+        return LabelSmoothingCrossEntropy(t.label_smoothing) if t.label_smoothing else nn.CrossEntropyLoss(), None
+
+    # -- what the phases share ----------------------------------------------------------------------------------------
+
+    def _phase(
+        self,
+        name: str,
+        model: nn.Module,
+        optimizer: Any,
+        epochs: int,
+        compute: ComputeStep,
+        resume: Checkpoint | None,
+        warmup_epochs: float,
+        ema: ModelEmaV3 | None = None,
+        supernet: Supernet | None = None,
+    ) -> None:
+        t, per_epoch = self.settings.train, len(self.batches)
+        total, warmup = epochs * per_epoch, round(warmup_epochs * per_epoch)
+        step, offset = 0, 0 if name == "float" else self._float_steps()
+        if resume is not None:
+            try:
+                self.accelerator.load_state(str(resume.path))
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise ValueError(
+                    f"{resume.path} belongs to another model or space: {str(error).splitlines()[0]}"
+                ) from error
+            step = resume.step
+            self.tracker.rewind(offset + step)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        model.train()
+        with self._bar(name, total, step) as advance:
+            while step < total:
+                epoch, first = divmod(step, per_epoch)
+                for images, labels in self.batches.epoch(epoch, first):
+                    factor = cosine(step, total, warmup)
+                    for group in optimizer.param_groups:
+                        group["lr"] = group["peak_lr"] * factor
+                    parts = compute(images, labels, step)
+                    if t.clip_value is not None:
+                        self.accelerator.clip_grad_value_(parameters, t.clip_value)
+                    if t.clip_norm is not None:
+                        self.accelerator.clip_grad_norm_(parameters, t.clip_norm)
+                    check = (step + 1) % t.log_steps == 0 or (step + 1) % t.checkpoint_steps == 0 or step + 1 == total
+                    if check:
+                        self._check_finite(parts, name, step)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    step += 1
+                    if ema is not None:
+                        ema.update(supernet)
+                    if step % t.log_steps == 0 or step == total:
+                        self._log(name, parts, optimizer, offset + step, supernet)
+                    advance(parts)
+                    if self._stopping(step):
+                        self.run.save_checkpoint(self.accelerator, name, step)
+                        raise Interrupted(
+                            f"stopped after step {step} of the {name} phase, saved; continue with --resume"
+                        )
+                    if step % t.checkpoint_steps == 0 and step < total:
+                        self.run.save_checkpoint(self.accelerator, name, step)
+                due = supernet is not None and t.evaluate_epochs and (epoch + 1) % t.evaluate_epochs == 0
+                if due and step < total:
+                    bare = supernet if ema is None else ema.module
+                    assert bare is not None
+                    self.tracker.log(self.evaluate(bare, offset + step), offset + step)
+                    model.train()
+        self.run.save_checkpoint(self.accelerator, name, step)
+
+    def _float_steps(self) -> int:
+        """Optimizer steps of the float phase, so that steps in the log run on."""
+        s = self.settings
+        return 0 if s.model.pretrained or s.model.weights is not None else s.float.epochs * len(self.batches)
+
+    def _check_finite(self, parts: Mapping[str, Tensor], phase: str, step: int) -> None:
+        for name, value in parts.items():
+            if name != "total" and not bool(torch.isfinite(value)):
+                raise DivergedError(
+                    f"the loss part {name!r} is {float(value)} at step {step + 1} of the {phase} phase; training stopped and "
+                    "the last checkpoint is kept: lower the learning rate (train.lr, float.lr) or set train.clip_norm."
+                )
+
+    def _log(
+        self, phase: str, parts: Mapping[str, Tensor], optimizer: Any, step: int, supernet: Supernet | None
+    ) -> None:
+        names = list(parts)
+        values = self.accelerator.reduce(torch.stack([parts[n].float() for n in names]), reduction="mean").tolist()
+        figures = {f"{phase}/{n}": v for n, v in zip(names, values, strict=True)}
+        figures[f"{phase}/lr"] = optimizer.param_groups[0]["lr"]
+        figures[f"{phase}/step_size_lr"] = optimizer.param_groups[-1]["lr"]
+        self.tracker.log(figures, step)
+        if (
+            supernet is not None
+            and step % (10 * self.settings.train.log_steps) == 0
+            and self.accelerator.is_main_process
+        ):
+            scales = {f"step_size/{n}": q.scale.detach().log2().float().cpu().numpy() for n, q in supernet.quantizers()}
+            self.tracker.histograms(scales, step)
+
+    @contextmanager
+    def _bar(self, phase: str, total: int, done: int) -> Iterator[Callable[[Mapping[str, Tensor]], None]]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"),
+        )
+        with Progress(*columns, console=self.console, disable=not self.accelerator.is_main_process) as progress:
+            task = progress.add_task(f"{phase} training", total=total, completed=done, loss="")
+            count = done
+
+            def advance(parts: Mapping[str, Tensor]) -> None:
+                nonlocal count
+                count += 1
+                if count % self.settings.train.log_steps == 0:
+                    tasks = [
+                        f"{n.removeprefix('task/')} {float(v):.3f}" for n, v in parts.items() if n.startswith("task")
+                    ]
+                    progress.update(task, loss="  ".join(tasks))
+                progress.advance(task)
+
+            yield advance
+
+    # -- signals ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _catch_signals(self) -> Iterator[None]:
+        def note(number: int, frame: Any) -> None:
+            self._stop_signal = number
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stopping(self, step: int) -> bool:
+        """Whether to stop after this step; all processes answer alike."""
+        if self.world == 1:
+            return self._stop_signal != 0
+        if step % STOP_CHECK_STEPS:
+            return False
+        flag = torch.tensor([float(self._stop_signal)], device=self.accelerator.device)
+        self._stop_signal = int(self.accelerator.gather(flag).max())
+        return self._stop_signal != 0
+
+
+def step_configs(sampler: SandwichSampler, seed: int, step: int) -> list[QuantConfig]:
+    """The configs of a step; the same on every process. A space without elastic bits needs one config only."""
+    configs = sampler.sample(np.random.default_rng((seed, step)))
+    bits = sampler.space.bits
+    static = all(len(set(bits[g, :n].tolist())) == 1 for g, n in enumerate(sampler.space.num_formats))
+    return configs[:1] if static else configs
+
+
+def export_facts(data: DataSplits, path: Path) -> dict[str, Any]:
+    """What a supernet file states about its inputs and outputs."""
+    return {
+        "run": path.name,
+        "num_classes": data.num_classes,
+        "class_names": list(data.class_names),
+        "input_size": list(data.input_size),
+        "mean": [float(m) for m in data.mean],
+        "std": [float(s) for s in data.std],
+    }
