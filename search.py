@@ -73,7 +73,7 @@ def search_settings(base: Settings, overrides: list[str]) -> Settings:
         ValueError: an override of model, data, space or training.
     """
     settings = load_settings(overrides, base.model_dump())
-    for section in ("model", "data", "space", "float", "train", "output"):
+    for section in ("model", "data", "space", "pretrain", "train", "output"):
         if getattr(settings, section) != getattr(base, section):
             raise ValueError(
                 f"{section} belongs to the trained run and cannot change in a search; set search.*, seed or tracking."

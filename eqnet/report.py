@@ -93,37 +93,24 @@ def write_front(genomes: Genomes, scores: NDArray[Any], space: QuantSpace, path:
 
 
 def plot_uniform(results: Sequence[UniformAccuracy], split: str, float_accuracy: float | None, path: Path) -> Path:
-    """Accuracy against bit-width, one line per form, the float model as a dashed line."""
-    figure, axis = _figure(7.5, 4.2)
+    """Heat map of accuracy: forms by bit-widths, and the mean over forms."""
     forms = list(dict.fromkeys(r.form for r in results))
-    for i, form in enumerate(forms):
-        rows = sorted((r.bits, r.accuracy[split]) for r in results if r.form == form)
-        color = WEIGHT_COLOR if form.granularity == "channel" else ACT_COLOR
-        style = "-" if form.weight_symmetric else "--"
-        marker = "o" if form.act_symmetric else "s"
-        axis.plot(
-            *zip(*rows, strict=True),
-            style,
-            color=color,
-            marker=marker,
-            ms=4,
-            lw=1.2,
-            alpha=0.85,
-            label=form.name,
-            zorder=len(forms) - i,
-        )
-    if float_accuracy is not None:
-        axis.axhline(float_accuracy, color="black", lw=0.8, ls=":", label="float")
-    axis.set_xlabel("bit-width of weights and activations")
-    axis.set_ylabel(f"{split} accuracy [%]")
-    axis.set_xticks(sorted({r.bits for r in results}))
-    axis.legend(
-        fontsize=7,
-        title="granularity-weights-activations",
-        title_fontsize=7,
-        loc="center left",
-        bbox_to_anchor=(1.0, 0.5),
-    )
+    bits = sorted({r.bits for r in results})
+    value = {(r.form, r.bits): r.accuracy[split] for r in results}
+    grid = np.array([[value[form, b] for b in bits] for form in forms])
+    grid = np.vstack([grid, grid.mean(0)])
+    figure, axis = _figure(2.6 + 0.75 * len(bits), 1.2 + 0.36 * len(grid))
+    low, high = np.percentile(grid, [10, 100])  # one collapsed config must not hide the rest
+    axis.imshow(grid, cmap="Blues", vmin=low - 0.2 * (high - low), vmax=high + 0.4 * (high - low) + 1e-9, aspect="auto")
+    for (row, column), number in np.ndenumerate(grid):
+        axis.text(column, row, f"{number:.2f}", ha="center", va="center", fontsize=8)
+    axis.axhline(len(forms) - 0.5, color="black", lw=0.8)
+    axis.set_xticks(range(len(bits)), [f"{b} bit" for b in bits], fontsize=8)
+    axis.set_yticks(range(len(grid)), [*(f.name for f in forms), "mean over forms"], fontsize=8)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    note = "" if float_accuracy is None else f", float {float_accuracy:.2f}"
+    axis.set_title(f"{split} accuracy [%] by form (granularity-weights-activations){note}", fontsize=9, loc="left")
     return _save(figure, path)
 
 

@@ -39,7 +39,7 @@ from eqnet.nn.supernet import Supernet
 from eqnet.settings import ModelSettings, Settings, dump_settings, load_settings
 from eqnet.space import QuantSpace
 
-PHASES = ("float", "supernet")
+PHASES = ("pretrain", "supernet")
 KEPT_CHECKPOINTS = 2
 
 
@@ -173,7 +173,7 @@ class Run:
 
     def newest_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint whose checksums hold, and a sentence about each damaged one that was passed over."""
-        notes = []
+        notes: list[str] = []
         for checkpoint in self._checkpoints():
             try:
                 sums = read_json(checkpoint.path / "state.json")["sha256"]

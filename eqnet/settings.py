@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Bits = list[int]
+Granularity = Literal["tensor", "channel"]
 
 
 class _Section(BaseModel):
@@ -54,7 +55,7 @@ class SpaceSettings(_Section):
     bits: Bits = Field(default_factory=lambda: list(range(2, 9)))
     act_bits: Bits | None = None  # None: as `bits`
     symmetric: list[bool] = Field(default_factory=lambda: [True, False])
-    granularity: list[Literal["tensor", "channel"]] = Field(default_factory=lambda: ["tensor", "channel"])
+    granularity: list[Granularity] = Field(default_factory=lambda: list[Granularity](("tensor", "channel")))
     fixed: Literal["first_last_8bit", "none"] = "first_last_8bit"
     ties: list[list[str]] = Field(default_factory=list)  # groups of layers that share their formats
 
@@ -71,7 +72,7 @@ class SpaceSettings(_Section):
         return self
 
 
-class FloatSettings(_Section):
+class PretrainSettings(_Section):
     """Training in floating point before the supernet; skipped if the model has weights already."""
 
     epochs: int = Field(30, ge=0)
@@ -132,12 +133,12 @@ class Settings(_Section):
     output: str | None = None  # folder of the run; None: a new one below runs/
     tracking: Literal["wandb", "none"] = "wandb"
     project: str = "eqnet"
-    model: ModelSettings = Field(default_factory=ModelSettings)
-    data: DataSettings = Field(default_factory=DataSettings)
-    space: SpaceSettings = Field(default_factory=SpaceSettings)
-    float: FloatSettings = Field(default_factory=FloatSettings)
-    train: TrainSettings = Field(default_factory=TrainSettings)
-    search: SearchSettings = Field(default_factory=SearchSettings)
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    space: SpaceSettings = SpaceSettings()
+    pretrain: PretrainSettings = PretrainSettings()
+    train: TrainSettings = TrainSettings()
+    search: SearchSettings = SearchSettings()
 
 
 def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -243,4 +244,5 @@ def load_settings(arguments: Sequence[str], base: Mapping[str, Any] | None = Non
 
 def dump_settings(settings: Settings) -> str:
     """YAML text that `load_settings` reads back."""
-    return yaml.safe_dump(settings.model_dump(), sort_keys=False)
+    text: str = yaml.safe_dump(settings.model_dump(), sort_keys=False)
+    return text

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import netrc
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class Tracker:
         import wandb
 
         id_file = folder / "wandb_id.txt"
-        run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+        run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
         atomic_write_text(id_file, run_id + "\n")
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
         self._wandb = wandb.init(
@@ -97,7 +98,7 @@ class Tracker:
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({name: wandb.Table(columns=columns, data=rows)})
+            self._wandb.log({name: wandb.Table(columns=list(columns), data=rows)})
 
     def image(self, name: str, path: Path) -> None:
         """Sends a picture to wandb."""

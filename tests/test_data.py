@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from eqnet.augment import ArrayData, Augment, Batches, ImageData, keyed_rng, seeded
+from eqnet.augment import Augment, keyed_rng, seeded
+from eqnet.batches import ArrayData, Batches, ImageData
 from eqnet.data import DataSplits, calibration_batches, load_data, random_subset
 from eqnet.settings import DataSettings
 
@@ -330,6 +331,17 @@ def test_the_split_depends_on_the_seed_and_on_nothing_else() -> None:
     assert set(first.indices["test"]) != set(other.indices["test"])
 
 
+@pytest.mark.parametrize("counts", [[1, 2, 10], [1, 1, 1, 1, 2]])
+def test_a_class_of_few_images_stays_in_train(tmp_path: Path, counts: list[int]) -> None:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    name = write_npz(
+        tmp_path, train_images=random_images(len(labels)), train_labels=labels, test_labels=labels[:1].repeat(12)
+    )
+    splits = load_data(Settings(name, validation_fraction=0.5), seed=0)
+    validation = np.bincount(splits.validation.labels, minlength=len(counts))
+    assert validation.tolist() == [count // 2 for count in counts]  # no class may lose its only image
+
+
 def test_max_images_caps_train_alone_and_keeps_the_classes_balanced() -> None:
     whole, capped = load_data(Settings(), 0), load_data(Settings(max_images=100), 0)
     assert len(capped.train) == 100
@@ -473,6 +485,14 @@ def test_batches_are_a_function_of_seed_and_epoch(training: tuple[Any, dict[str,
     assert same(first, list(batches(data, 6, **options).epoch(1)))
     assert not same(first, list(batches(data, 6, **options).epoch(2)))
     assert not same(first, list(batches(data, 6, **{**options, "seed": 4}).epoch(1)))
+
+
+def test_one_image_is_augmented_anew_in_each_place_batch_and_epoch(training: tuple[Any, dict[str, Any]]) -> None:
+    data, options = training
+    loader = batches(data.subset(np.zeros(16, dtype=np.int64)), 8, **options)
+    seen = [images for epoch in (0, 1) for images, _ in loader.epoch(epoch)]
+    assert len({images.numpy().tobytes() for images in seen}) == 4
+    assert all(len({image.numpy().tobytes() for image in images}) > 2 for images in seen)
 
 
 def test_an_epoch_resumed_in_its_middle_is_the_same(training: tuple[Any, dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ from timm.layers.padding import pad_same
 from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 
-from eqnet.nn.functional import fake_quantize
+from eqnet.nn.functional import SCALE_EPS, fake_quantize, zero_point
 from eqnet.nn.quantizer import ElasticQuantizer
 from eqnet.space import LayerInfo, QuantSpace
 
@@ -73,7 +73,9 @@ class ElasticLayer(QuantMixin):
         weight: Tensor = self.latent_weight
         if not isinstance(self, STANDARDIZED_TYPES):
             return weight
-        gain = (self.gain * self.scale).view(-1) if hasattr(self, "gain") else None
+        gain = None
+        if isinstance(self, (ScaledStdConv2d, ScaledStdConv2dSame)):
+            gain = self.gain.view(-1) * float(self.scale)
         flat = weight.reshape(1, len(weight), -1)
         return F.batch_norm(flat, None, None, weight=gain, training=True, momentum=0.0, eps=self.eps).reshape_as(weight)
 
@@ -128,13 +130,12 @@ def make_elastic(module: nn.Module, info: LayerInfo, space: QuantSpace) -> None:
     assert isinstance(weight, Tensor)
     act_formats = space.choices(info.name, "act")
     device = weight.device
-    module.__class__ = _subclass(ElasticLayer, type(module))
+    module.__class__ = _subclass(ElasticLayer, type(module))  # type: ignore[arg-type]
     module.weight_quantizer = ElasticQuantizer(
         space.choices(info.name, "weight"), info.channels, info.channel_axis, weight.ndim, weight.numel(), device=device
     )
-    module.act_quantizer = (
-        ElasticQuantizer(act_formats, ndim=1, signed=info.signed_input, device=device) if act_formats else None
-    )
+    act = ElasticQuantizer(act_formats, signed=info.signed_input, device=device) if act_formats else None
+    module.register_module("act_quantizer", act)
 
 
 @torch.no_grad()
@@ -152,8 +153,6 @@ def make_quantized(module: nn.Module) -> None:
         buffers["act_scale"] = None
     else:
         act_scale, offset, qmin, qmax = act.qparams()
-        from eqnet.nn.functional import SCALE_EPS, zero_point
-
         buffers["act_scale"] = act_scale.clamp_min(SCALE_EPS).clone()
         buffers["act_zero_point"] = zero_point(act_scale, offset, qmin, qmax)
         buffers["act_qmin"], buffers["act_qmax"] = qmin.clone(), qmax.clone()

@@ -41,9 +41,14 @@ class ElasticQuantizer(nn.Module):
 
     scale: nn.Parameter
     offset: nn.Parameter
-    row: Tensor
-    signed: Tensor
-    calibrated: Tensor
+    row: Tensor  # int64 [1], the active row: the only mutable state of a config
+    signed: Tensor  # int64 [1]
+    calibrated: Tensor  # bool [1]
+    index: Tensor  # int64 [R, C], entry of `scale` of each row and channel
+    offset_index: Tensor  # int64 [R, C]
+    asymmetric: Tensor  # float [R, 1]
+    ranges: Tensor  # float [2, R, 2], (qmin, qmax) by signedness
+    group_numel: Tensor  # float [R], weights that share a step size
 
     def __init__(
         self,

@@ -38,6 +38,7 @@ class _DirectReads(TorchFunctionMode):
             weight = (kwargs or {}).get("weight", args[1] if len(args) > 1 else None)
             name = self.names.get(id(weight))
             if name is not None:
+                assert weight is not None
                 self.macs[name] += out.numel() * weight[0].numel()
         return out
 

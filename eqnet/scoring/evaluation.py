@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eqnet.checkpoint import read_json, write_json
-from eqnet.data import Batches, Data, DataSplits, calibration_batches
+from eqnet.data import Batches, Data, DataSplits, calibration_batches, random_subset
 from eqnet.nn.supernet import Supernet, recalibrate_bn
 from eqnet.settings import Settings
 from eqnet.space import Form, Genomes, MeanBitsSampler, QuantConfig, QuantSpace
@@ -64,26 +64,11 @@ class Evaluator:
         s, size = settings.search, max(settings.data.batch_size, 256)
 
         def labelled(split: Data, limit: int | None) -> LabelledBatches:
-            batches = Batches(
-                split,
-                size,
-                seed=settings.seed,
-                device=device,
-                train=False,
-                augment="none",
-                mean=data.mean,
-                std=data.std,
-            )
-            kept, count = [], 0
-            for images, labels in batches.epoch(0):
-                room = len(labels) if limit is None else limit - count
-                if room <= 0:
-                    break
-                kept.append((images[:room], labels[:room]))
-                count += len(labels)
-            return kept
+            kept = split if limit is None else random_subset(split, limit, settings.seed)
+            how = {"seed": settings.seed, "device": device, "mean": data.mean, "std": data.std}
+            return list(Batches(kept, size, train=False, workers=settings.data.workers, **how).epoch(0))
 
-        bn = calibration_batches(data, s.bn_images, size, settings.seed, device)
+        bn = calibration_batches(data, s.bn_images, size, settings.seed, device, settings.data.workers)
         splits = {"validation": labelled(data.validation, s.max_validation_images), "test": labelled(data.test, None)}
         return Evaluator(supernet, bn, splits)
 

@@ -59,7 +59,7 @@ class PredictorRecipe:
         ranking_weight: weight of a logistic loss on the order of random pairs, beside the SmoothL1 loss.
     """
 
-    hidden: int = 100
+    hidden: int = 64
     depth: int = 1
     members: int = 4
     inputs: Literal["smooth", "onehot"] = "smooth"
@@ -68,7 +68,7 @@ class PredictorRecipe:
     epochs: int = 200
     batch_size: int | None = None
     learning_rate: float = 4e-3
-    weight_decay: float = 1e-5
+    weight_decay: float = 3e-3
     ranking_weight: float = 0.0
 
     def __post_init__(self) -> None:
@@ -95,6 +95,7 @@ PAPER_RECIPE = PredictorRecipe(
     epochs=100,
     batch_size=256,
     learning_rate=4e-4,
+    weight_decay=1e-5,
 )
 """The official recipe (learning rate constant there); it wants the 6400 rows of the paper."""
 

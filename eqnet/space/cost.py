@@ -25,7 +25,7 @@ from eqnet.space.space import Genomes, QuantSpace, Slot
 
 Floats = NDArray[np.float64]
 FLOAT_BITS = 32
-_CHUNK = 8192  # rows per gather, so that the working set stays in the cache
+_CHUNK = 4096  # rows per gather, so that the working set stays in the cache
 
 
 class _Cells:
@@ -50,8 +50,8 @@ class _Cells:
 
     def index(self, genomes: Genomes) -> NDArray[np.intp]:
         """The cell that each group occupies, [Q, N]."""
-        columns = genomes.T.astype(np.intp)
-        index: NDArray[np.intp] = columns[self.weight_gene] * self.widths[:, None]
+        columns = genomes.T
+        index: NDArray[np.intp] = np.multiply(columns[self.weight_gene], self.widths[:, None], dtype=np.intp)
         index += columns[self.act_gene] * self.has_act[:, None]
         index += self.offsets[:, None]
         return index

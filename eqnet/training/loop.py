@@ -107,7 +107,7 @@ class Trainer:
         """
         with self._catch_signals():
             model = self._float_phase(
-                resume if resume and resume.phase == "float" else None,
+                resume if resume and resume.phase == "pretrain" else None,
                 done=resume is not None and resume.phase == "supernet",
             )
             return self._supernet_phase(model, resume if resume and resume.phase == "supernet" else None)
@@ -120,7 +120,7 @@ class Trainer:
             load_float_weights(model, stored)
             return model.to(self.accelerator.device)
         trained = s.model.pretrained or s.model.weights is not None
-        if s.float.epochs and not trained:
+        if s.pretrain.epochs and not trained:
             model = self._to_device(model)
             criterion, mix = self._criterion()
 
@@ -132,9 +132,9 @@ class Trainer:
                 self.accelerator.backward(loss)
                 return {"task": loss.detach()}
 
-            groups = parameter_groups(model, [], lr=s.float.lr, step_size_lr=0.0, weight_decay=s.train.weight_decay)
+            groups = parameter_groups(model, [], lr=s.pretrain.lr, step_size_lr=0.0, weight_decay=s.train.weight_decay)
             prepared, optimizer = self.accelerator.prepare(model, SupernetAdamW(groups))
-            self._phase("float", prepared, optimizer, s.float.epochs, compute, resume, warmup_epochs=1.0)
+            self._phase("pretrain", prepared, optimizer, s.pretrain.epochs, compute, resume, warmup_epochs=1.0)
             model = self.accelerator.unwrap_model(prepared)
             self.accelerator.free_memory()
         if self.accelerator.is_main_process:
@@ -209,7 +209,7 @@ class Trainer:
     ) -> None:
         t, per_epoch = self.settings.train, len(self.batches)
         total, warmup = epochs * per_epoch, round(warmup_epochs * per_epoch)
-        step, offset = 0, 0 if name == "float" else self._float_steps()
+        step, offset = 0, 0 if name == "pretrain" else self._float_steps()
         if resume is not None:
             try:
                 self.accelerator.load_state(str(resume.path))
@@ -262,14 +262,14 @@ class Trainer:
     def _float_steps(self) -> int:
         """Optimizer steps of the float phase, so that steps in the log run on."""
         s = self.settings
-        return 0 if s.model.pretrained or s.model.weights is not None else s.float.epochs * len(self.batches)
+        return 0 if s.model.pretrained or s.model.weights is not None else s.pretrain.epochs * len(self.batches)
 
     def _check_finite(self, parts: Mapping[str, Tensor], phase: str, step: int) -> None:
         for name, value in parts.items():
             if name != "total" and not bool(torch.isfinite(value)):
                 raise DivergedError(
                     f"the loss part {name!r} is {float(value)} at step {step + 1} of the {phase} phase; training stopped and "
-                    "the last checkpoint is kept: lower the learning rate (train.lr, float.lr) or set train.clip_norm."
+                    "the last checkpoint is kept: lower the learning rate (train.lr, pretrain.lr) or set train.clip_norm."
                 )
 
     def _log(

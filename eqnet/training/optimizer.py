@@ -34,7 +34,7 @@ class SupernetAdamW(torch.optim.AdamW):
         groups = self.param_groups
         self.param_groups = [g for g in groups if not g["per_entry"]]
         try:
-            loss = super().step(closure)
+            loss: float | None = super().step(closure)
         finally:
             self.param_groups = groups
         for group in groups:

@@ -1,0 +1,43 @@
+"""Fixtures that several test files share."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Models start from the same random weights whichever tests ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def images() -> Callable[..., torch.Tensor]:
+    """Makes normally distributed images [n, C, H, W] of a seed."""
+
+    def make(n: int = 4, size: tuple[int, ...] = (3, 8, 8), seed: int = 0) -> torch.Tensor:
+        return torch.randn(n, *size, generator=torch.Generator().manual_seed(seed))
+
+    return make
+
+
+@pytest.fixture
+def cnn() -> nn.Sequential:
+    """Five quantizable layers (dense, depthwise, strided and pointwise convolutions, a linear), BN, both input signs."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 6, 1),
+        nn.Flatten(),
+        nn.Linear(96, 5),
+    )
