@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from eqnet.checkpoint import save_tensors, write_json
-from eqnet.command import make_console, progress_bar, run_command
+from eqnet.command import make_console, progress_bar, run_command, start_cpu_processes
 from eqnet.report import plot_bits, plot_front, plot_predictor, winner_table, write_front
 from eqnet.run import Run, open_data, versions
 from eqnet.scoring.evaluation import AccuracyTable, Evaluator, build_table, uniform_configs
@@ -49,6 +49,7 @@ def main() -> None:
     forms = [Form.parse(arguments.form)] if arguments.form else list(supernet.space.forms)
     space = supernet.space if len(forms) > 1 else supernet.space.restrict_form(forms[0])
     bound = budget.bind(space, settings.search.band)
+    start_cpu_processes()
     accelerator = Accelerator()
     console = make_console()
     data = open_data(run)
@@ -97,9 +98,8 @@ def fit_predictor(
     console.print(f"predictor on {len(table)} configs; held-out fifth: {text}")
     if accelerator.is_main_process:
         predictor.save(run.path / "predictor.safetensors")
-        held = predictor.held_out
-        assert held is not None
-        picture = plot_predictor(held.predicted, held.measured, metrics, run.path / "predictor.png")
+        assert predictor.held_out is not None
+        picture = plot_predictor(*predictor.held_out, metrics, run.path / "predictor.png")
         tracker.log({f"predictor/{name}": value for name, value in metrics.items()}, len(table))
         tracker.image("predictor", picture)
     return predictor

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from eqnet.checkpoint import load_float_weights, write_json
-from eqnet.command import make_console, progress_bar, run_command
+from eqnet.command import make_console, progress_bar, run_command, start_cpu_processes
 from eqnet.data import DataSplits
 from eqnet.nn.supernet import Supernet
 from eqnet.report import plot_uniform, uniform_table
@@ -36,6 +36,7 @@ def main() -> None:
     """Opens or makes the run, trains what is left of it, evaluates and saves."""
     arguments = parse_arguments()
     settings = load_settings(arguments.settings)
+    start_cpu_processes()
     accelerator = make_accelerator(settings)
     console = make_console()
     if arguments.resume:

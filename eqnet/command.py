@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
@@ -24,6 +25,27 @@ def make_console() -> Console:
     """Standard output of the main process; wide enough for tables when it is not a terminal."""
     width = None if sys.stdout.isatty() else 110
     return Console(width=width, quiet=not is_main_process(), highlight=False)
+
+
+def start_cpu_processes() -> None:
+    """Starts the processes that `accelerate launch --cpu --num_processes N` was asked for.
+
+    That command runs a single process unless it is given MPI, without a word. Its request is read from the command line of
+    the launcher (Linux), and this process is replaced by torchrun, which starts N of them. Does nothing in any other case.
+    """
+    env = os.environ
+    asked = env.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in env  # set for more than one process only
+    if not asked or "LOCAL_RANK" in env or "WORLD_SIZE" in env:
+        return
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+    except OSError:
+        words = []
+    for flag, value in zip(words, [*words[1:], ""], strict=True):
+        name, _, attached = flag.partition("=")
+        if name in ("--num_processes", "--num-processes") and (attached or value).isdigit():
+            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={attached or value}"]
+            os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
 
 
 @contextmanager

@@ -16,6 +16,7 @@ Shape legend: `R` formats (rows), `C` channels, `S` step sizes of the table, `A`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -165,9 +166,12 @@ class ElasticQuantizer(nn.Module):
         """Calibrates on everything seen since observation began (a layer may be called more than once)."""
         flat = x.detach().flatten()
         stride = -(-flat.numel() // MAX_CALIBRATION_VALUES)
-        kept = flat[::stride].float()
-        # a strided sample may miss the few extreme or negative values
-        self._observed.append(torch.cat([kept, flat.amin().float().view(1), flat.amax().float().view(1)]))
+        if stride > 1:
+            while math.gcd(stride, flat.numel()) > 1:  # else only some channels or columns would be visited
+                stride += 1
+            # a strided sample may miss the few extreme or negative values
+            flat = torch.cat([flat[::stride], flat.amin().view(1), flat.amax().view(1)])
+        self._observed.append(flat.float())
         self.calibrate(torch.cat(self._observed))
 
     def extra_repr(self) -> str:

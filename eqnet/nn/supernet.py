@@ -89,7 +89,7 @@ def trace_layers(model: nn.Module, input_size: Sequence[int]) -> list[LayerInfo]
         raise ValueError(f"the model cannot run on an input of size {tuple(input_size)}: {error}") from error
     unread = {"act_numel": 0, "calls": 0, "signed_input": True}
     for name in modules:
-        facts.setdefault(name, {**unread, "macs": reads.macs[name]})
+        facts.setdefault(name, {**unread, "macs": reads.macs.get(name, 0)})
 
     def info(name: str, fact: dict[str, Any]) -> LayerInfo:
         kind, weight = layer_kind(modules[name]), modules[name].weight
@@ -173,22 +173,15 @@ class Supernet(nn.Module):
         Raises:
             ValueError: the config is not a point of the space.
         """
+        if config is not None:
+            self.space.check(config)  # before anything changes, so that a refused config leaves the active one intact
         for _, quantizer in self.quantizers():
             quantizer.enabled = config is not None
-        if config is not None:
-            if set(config) != set(self._layers):
-                self.space.check(config)
-            for name, layer in self._layers.items():
-                chosen = config[name]
-                try:
-                    layer.weight_quantizer.select(chosen.weight)
-                    if layer.act_quantizer is not None and chosen.act is not None:
-                        layer.act_quantizer.select(chosen.act)
-                    elif (layer.act_quantizer is None) != (chosen.act is None):
-                        raise ValueError("activation format does not fit.")
-                except ValueError:
-                    self.space.check(config)
-                    raise
+        for name, chosen in (config or {}).items():
+            layer = self._layers[name]
+            layer.weight_quantizer.select(chosen.weight)
+            if layer.act_quantizer is not None and chosen.act is not None:
+                layer.act_quantizer.select(chosen.act)
         self.config = config
 
     @torch.no_grad()

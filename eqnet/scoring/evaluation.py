@@ -65,8 +65,17 @@ class Evaluator:
 
         def labelled(split: Data, limit: int | None) -> LabelledBatches:
             kept = split if limit is None else random_subset(split, limit, settings.seed)
-            how = {"seed": settings.seed, "device": device, "mean": data.mean, "std": data.std}
-            return list(Batches(kept, size, train=False, workers=settings.data.workers, **how).epoch(0))
+            batches = Batches(
+                kept,
+                size,
+                seed=settings.seed,
+                device=device,
+                train=False,
+                mean=data.mean,
+                std=data.std,
+                workers=settings.data.workers,
+            )
+            return list(batches.epoch(0))
 
         bn = calibration_batches(data, s.bn_images, size, settings.seed, device, settings.data.workers)
         splits = {"validation": labelled(data.validation, s.max_validation_images), "test": labelled(data.test, None)}

@@ -21,7 +21,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import safetensors
@@ -100,6 +100,18 @@ PAPER_RECIPE = PredictorRecipe(
 """The official recipe (learning rate constant there); it wants the 6400 rows of the paper."""
 
 
+class HeldOut(NamedTuple):
+    """Accuracies of the rows that a predictor did not see, in percent.
+
+    Attributes:
+        predicted: float64 [N].
+        measured: float64 [N].
+    """
+
+    predicted: Floats
+    measured: Floats
+
+
 def rank_metrics(predicted: ArrayLike, measured: ArrayLike) -> dict[str, float]:
     """How well predictions order and match measurements.
 
@@ -136,6 +148,7 @@ class AccuracyPredictor:
         space: the space that configs are encoded in, the training space of the supernet.
         recipe: architecture and training.
         metrics: what the last `fit` returned; empty before.
+        held_out: (predicted, measured) accuracy of the held-out fifth of the last `fit`; None before.
     """
 
     def __init__(self, space: QuantSpace, recipe: PredictorRecipe | None = None) -> None:
@@ -143,6 +156,7 @@ class AccuracyPredictor:
         self.space = space
         self.recipe = recipe or PredictorRecipe()
         self.metrics: dict[str, float] = {}
+        self.held_out: HeldOut | None = None
         self._ensemble: _Ensemble | None = None
 
     def fit(self, genomes: Genomes, accuracy: ArrayLike, *, seed: int, refit: bool = True) -> dict[str, float]:
@@ -167,7 +181,8 @@ class AccuracyPredictor:
         inputs = self._inputs(genomes)
         kept, held_out = _split(len(targets), seed)
         ensemble = _Ensemble.fit(inputs[kept], targets[kept], self.recipe, seed)
-        self.metrics = rank_metrics(ensemble.predict(inputs[held_out]), targets[held_out])
+        self.held_out = HeldOut(ensemble.predict(inputs[held_out]), targets[held_out])
+        self.metrics = rank_metrics(*self.held_out)
         self._ensemble = _Ensemble.fit(inputs, targets, self.recipe, seed) if refit else ensemble
         return dict(self.metrics)
 
@@ -191,20 +206,20 @@ class AccuracyPredictor:
         return out
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file, with the recipe, the space and the metrics in its header, atomically.
+        """Writes one safetensors file, with the recipe and the space in its header, atomically.
 
         Raises:
             ValueError: not fitted yet.
         """
-        if self._ensemble is None:
+        if self._ensemble is None or self.held_out is None:
             raise ValueError("the predictor has not been fitted, so there is nothing to save; call fit() first.")
         header = {
             "format": _FORMAT,
             "recipe": json.dumps(asdict(self.recipe)),
             "space": json.dumps(self.space.to_json()),
-            "metrics": json.dumps(self.metrics),
         }
-        atomic_write_bytes(path, safetensors.torch.save(self._ensemble.tensors, header))
+        held_out = torch.from_numpy(np.stack(self.held_out))
+        atomic_write_bytes(path, safetensors.torch.save({**self._ensemble.tensors, "held_out": held_out}, header))
 
     @staticmethod
     def load(path: str | Path, space: QuantSpace) -> AccuracyPredictor:
@@ -228,7 +243,8 @@ class AccuracyPredictor:
                 "and pass restrictions of it to score()."
             )
         predictor = AccuracyPredictor(space, PredictorRecipe(**json.loads(header["recipe"])))
-        predictor.metrics = json.loads(header["metrics"])
+        predictor.held_out = HeldOut(*tensors.pop("held_out").numpy())
+        predictor.metrics = rank_metrics(*predictor.held_out)
         predictor._ensemble = _Ensemble(tensors)
         return predictor
 
@@ -353,7 +369,7 @@ class _Ensemble:
         hidden = standard
         for i in range(self.depth):
             hidden = torch.baddbmm(self.tensors[f"bias.{i}"], hidden, self.tensors[f"weight.{i}"]).relu_()
-        output = hidden @ self.tensors[f"weight.{self.depth}"]
+        output: Tensor = hidden @ self.tensors[f"weight.{self.depth}"]
         if "linear" in self.tensors:
             output = torch.baddbmm(output, standard, self.tensors["linear"])
         return output[..., 0]

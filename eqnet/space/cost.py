@@ -1,9 +1,9 @@
 """What a config costs, and budgets on it (EQ-Net sections 3.4 and 4; accounting of its Table 2).
 
 Every cost here is additive over tied groups of layers, so it is one table: a value for each (weight format, activation
-format) of each group, plus a constant. Counts are whole numbers below 2^53, so float64 sums are exact and comparisons with a
-limit are not a matter of rounding. Departs from the paper: besides mean bits, model size and BitOps can be limited.
-Products of two activations (attention, squeeze-and-excite gates) stay in floating point and are not counted.
+format) of each group, plus a constant. Counts are whole numbers below 2^53, so float64 sums are exact and comparisons
+with a limit are not a matter of rounding. Departs from the paper: besides mean bits, model size and BitOps can be
+limited. Products of two activations (attention, squeeze-and-excite gates) stay in floating point and are not counted.
 
 Shape legend: `N` configs, `G` genes, `L` layers, `Q` tied groups, `C` costs of a budget.
 """
@@ -149,7 +149,7 @@ def _mean_bits(space: QuantSpace, slot: Slot, ends: bool = False) -> CostModel:
 def weight_bits(space: QuantSpace) -> CostModel:
     """Mean weight bit-width, weighted by the number of weights.
 
-    Fixed layers are left out (if all are fixed, all count), so a config with `b` bits everywhere else costs exactly `b`.
+    Fixed layers are left out (if all are fixed, all count), so a config of `b` bits everywhere else costs exactly `b`.
     """
     return _mean_bits(space, "weight")
 
@@ -166,9 +166,9 @@ def act_bits(space: QuantSpace) -> CostModel:
 def model_size(space: QuantSpace) -> CostModel:
     """Bytes needed to store a config.
 
-    Per layer: `ceil(weights * bits / 8)` of packed codes; 4 bytes per weight step size (one, or one per output channel) and,
-    if asymmetric, 1 byte per weight zero point; for quantized inputs a 4-byte step size and, if asymmetric, a 1-byte zero
-    point. Per network: 4 bytes for each of `space.float_numel` values that stay in float32 (biases, BN).
+    Per layer: `ceil(weights * bits / 8)` of packed codes; 4 bytes per weight step size (one, or one per output channel)
+    and, if asymmetric, 1 byte per weight zero point; for quantized inputs a 4-byte step size and, if asymmetric, a
+    1-byte zero point. Per network: 4 bytes for each of `space.float_numel` values that stay in float32 (biases, BN).
     """
 
     def measure(layer: LayerInfo, weight: QuantFormat, act: QuantFormat | None) -> float:
@@ -255,10 +255,10 @@ class Budget:
 
     @staticmethod
     def parse(text: str) -> Budget:
-        """Reads "4" (short for "w=4,a=4"), "w=3", "size=180KiB", "bitops=1.2G", "latency=2.5ms", or several with commas.
+        """Reads "4" (short for "w=4,a=4"), "w=3", "size=180KiB", "bitops=1.2G", or "latency=2.5ms", comma-joined.
 
-        Units: size B, KB, MB, GB (powers of 1000), KiB, MiB, GiB (of 1024); bitops K, M, G, T or a plain number; latency us,
-        ms, s.
+        Units: size B, KB, MB, GB (powers of 1000), KiB, MiB, GiB (of 1024); bitops K, M, G, T or a plain number;
+        latency us, ms, s.
 
         Raises:
             ValueError: anything else, a name given twice, or a limit that is not a positive finite number.
@@ -334,8 +334,8 @@ class BoundBudget:
         space: the space.
         costs: the limited costs.
         limits: upper limits, float64 [C].
-        lowers: what costs should exceed, float64 [C]; -inf where there is no band. A wish, not part of `feasible`: it cannot
-            be met above the largest config, or between two steps of one dominating layer.
+        lowers: what costs should exceed, float64 [C]; -inf where there is no band. A wish, not part of `feasible`: it
+            cannot be met above the largest config, or between two steps of one dominating layer.
     """
 
     def __init__(self, space: QuantSpace, costs: list[CostModel], limits: Floats, lowers: Floats) -> None:
@@ -360,9 +360,9 @@ class BoundBudget:
     def repair(self, genomes: Genomes, rng: np.random.Generator) -> Genomes:
         """Nearby genomes within all limits and, where possible, above `lowers`; int16 [N, G].
 
-        Random genes of violating rows go down, then random genes of rows below a lower go up where all limits still hold, one
-        bit-width at a time and in the form of the gene. Rows that need neither are returned as they are. Only a row that its
-        form keeps out of the limits even at the fewest bits moves to the cheapest form.
+        Random genes of violating rows go down, then random genes of rows below a lower go up where all limits still
+        hold, one bit-width at a time and in the form of the gene. Rows that need neither are returned as they are. Only
+        a row that its form keeps out of the limits even at the fewest bits moves to the cheapest form.
         """
 
         def excess(now: Floats, after: Floats) -> NDArray[np.bool_]:
@@ -439,8 +439,9 @@ class BoundBudget:
     def _find_anchor(self) -> Genomes:
         """A genome [G] within all limits, in the form of the space that leaves most room (any mix if it has none).
 
-        Every limit prices its cost, and for given prices the cheapest genome is exact: one limit needs one round. Limits that
-        want different formats (4 bits only per channel, but no room for step sizes) raise the price of what is exceeded.
+        Every limit prices its cost, and for given prices the cheapest genome is exact: one limit needs one round.
+        Limits that want different formats (4 bits only per channel, but no room for step sizes) raise the price of what
+        is exceeded.
         """
         forms: tuple[Form | None, ...] = self.space.forms or (None,)
         allowed = [self.space.formats_in(form) for form in forms]
@@ -457,7 +458,7 @@ class BoundBudget:
         names = ",".join(_limit_text(c.name, limit) for c, limit in zip(self.costs, self.limits, strict=True))
         close = ",".join(_reachable_text(c.name, c(genomes[order[:1]])[0]) for c in self.costs)
         raise ValueError(
-            f"budget {names} cannot be met: no config in one form was found within all limits together; close is {close}."
+            f"budget {names} cannot be met: no config of one form keeps all limits together; closest is {close}."
         )
 
     def _cheapest(self, prices: Floats, allowed: NDArray[Any]) -> Genomes:

@@ -1,14 +1,14 @@
 """Which configs a training step or an accuracy table visits (EQ-Net sections 3.1, 3.3 and 3.4).
 
-`SandwichSampler` draws the largest, random and smallest subnets of one training step. `MeanBitsSampler` draws subnets around
-given mean bit-widths for the table of the accuracy predictor: subnets with independent uniform layers all have about the
-same mean. It is the closed form of what the official code ("search/01", after AttentiveNAS) reads off 500,000 random
-configs: the distribution of each layer's bits given the mean. Departs from that table by covering the whole reachable range,
-where random configs never come.
+`SandwichSampler` draws the largest, random and smallest subnets of one training step. `MeanBitsSampler` draws subnets
+around given mean bit-widths for the table of the accuracy predictor: subnets with independent uniform layers all have
+about the same mean. It is the closed form of what the official code ("search/01", after AttentiveNAS) reads off 500,000
+random configs: the distribution of each layer's bits given the mean. Departs from that table by covering the whole
+reachable range, where random configs never come.
 
-Among all distributions over configs with expected mean `t = sum_l share_l E[b_l]`, the one of maximum entropy has independent
-layers with `p_l(b) ~ exp(lambda share_l b)`, where `share_l` is the part of the layer in the weighting of the mean (weights,
-or input elements) and `lambda` depends on `t` alone.
+Among all distributions over configs with expected mean `t = sum_l share_l E[b_l]`, the one of maximum entropy has
+independent layers with `p_l(b) ~ exp(lambda share_l b)`, where `share_l` is the part of the layer in the weighting of
+the mean (weights, or input elements) and `lambda` depends on `t` alone.
 
 Shape legend: `N` configs, `G` genes of the space, `S` genes of one slot, `B` formats of the longest gene in one form.
 """
@@ -27,9 +27,7 @@ from eqnet.space.space import Genomes, QuantSpace, Slot
 
 Floats = NDArray[np.float64]
 _SLOTS: tuple[Slot, Slot] = ("weight", "act")
-_TILTS = (
-    4001  # entries of the table lambda -> mean; inverting it keeps the expected mean within 1e-3 bits of the target
-)
+_TILTS = 4001  # entries of the table lambda -> mean; its inverse keeps expected means within 1e-5 bits of the target
 _CHUNK = 2048  # configs per block of probabilities
 
 
@@ -85,15 +83,13 @@ class _Tilt:
 
         Args:
             bits: bit-widths of the formats, NaN for padding, [S, B].
-            share: part of each gene in the weighting of the mean, [S]; sums to 1, or to 0 if there is nothing to weight.
+            share: part of each gene in the weighting of the mean, [S]; sums to 1 (0 if nothing is weighted).
         """
         self.minimum = float(share @ np.nanmin(bits, 1)) if len(bits) else 0.0
         self.maximum = float(share @ np.nanmax(bits, 1)) if len(bits) else 0.0
-        # Genes without a share do not move the mean. They are tilted like the smallest that does, so that both ends of the
-        # range are one config, the smallest and the largest.
-        smallest = share[share > 0].min(initial=1.0)
-        self._slopes = np.maximum(share, smallest)[:, None] * bits
-        reach = np.arcsinh(50 / smallest)  # at the ends even that gene prefers a step of one bit by e^50
+        self._slopes = share[:, None] * bits
+        # At both ends even the gene of the smallest share prefers a step of one bit by e^50: only one config is left.
+        reach = np.arcsinh(50 / share[share > 0].min(initial=1.0))
         self._steps = np.linspace(-reach, reach, _TILTS)  # of arcsinh(lambda): fine around 0, coarse towards the ends
         means = []
         for steps in np.array_split(self._steps, 8):
@@ -115,9 +111,9 @@ class _Tilt:
 class MeanBitsSampler:
     """Random configs around target mean weight and activation bits, one form per config.
 
-    The expected mean equals the target; a sample scatters around it, ever less towards the ends of the range, where only the
-    smallest or the largest config is left. Means are weighted as in `eqnet.space.cost`; fixed layers keep their bits. If the
-    layers of the space share no form, every quantizer draws its own.
+    The expected mean equals the target; a sample scatters around it, ever less towards the ends of the range, where
+    only the smallest or the largest config is left. Means are weighted as in `eqnet.space.cost`; fixed layers keep
+    their bits. If the layers of the space share no form, every quantizer draws its own.
     """
 
     def __init__(self, space: QuantSpace) -> None:
@@ -157,8 +153,8 @@ class MeanBitsSampler:
         Args:
             rng: source of randomness.
             n: number of configs.
-            weight_bits: target mean weight bits, one number or one per config; None draws each target uniformly from the
-                whole reachable range.
+            weight_bits: target mean weight bits, one number or one per config; None draws each target uniformly from
+                the whole reachable range.
             act_bits: target mean activation bits, likewise.
             forms: the forms to draw from, uniformly; None for all forms of the space.
 
@@ -204,6 +200,5 @@ class MeanBitsSampler:
     def _check(targets: Floats, tilt: _Tilt, slot: Slot) -> None:
         outside = ~((targets > tilt.minimum - 1e-9) & (targets < tilt.maximum + 1e-9))
         if outside.any():
-            raise ValueError(
-                f"mean {slot} bits of {targets[outside][0]:g} are out of reach; give {tilt.minimum:g} to {tilt.maximum:g}."
-            )
+            reachable = f"{tilt.minimum:g} to {tilt.maximum:g}"
+            raise ValueError(f"mean {slot} bits of {targets[outside][0]:g} are out of reach; give {reachable}.")

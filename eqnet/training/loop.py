@@ -153,10 +153,9 @@ class Trainer:
         if supernet.uncovered and self.accelerator.is_main_process:
             self.console.print(f"left in floating point: {', '.join(supernet.uncovered)}", style="dim")
         if resume is None:
-            images = calibration_batches(
-                self.data, t.calibration_images, t.calibration_images, s.seed, self.accelerator.device
-            )
-            supernet.calibrate(images[0])
+            count, device = t.calibration_images, self.accelerator.device
+            (images,) = calibration_batches(self.data, count, count, s.seed, device, s.data.workers)
+            supernet.calibrate(images)
         ema = None if t.ema_decay is None else ModelEmaV3(supernet, decay=t.ema_decay)
         groups = parameter_groups(
             supernet, supernet.step_size_parameters(), lr=t.lr, step_size_lr=t.step_size_lr, weight_decay=t.weight_decay

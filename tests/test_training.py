@@ -1,0 +1,337 @@
+"""The training step and loop: order and guidance of subnets, summed gradients, exact resume, two processes against one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import eqnet.nn.models  # noqa: F401
+from eqnet.nn.supernet import Supernet
+from eqnet.settings import TrainSettings
+from eqnet.space import QuantConfig, QuantSpace, SandwichSampler
+from eqnet.training.loop import step_configs
+from eqnet.training.losses import weight_distribution_loss
+from eqnet.training.step import regularised_weights, subnet_roles, supernet_step
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = [
+    "tracking=none",
+    "pretrain.epochs=1",
+    "train.epochs=3",
+    "train.checkpoint_steps=4",
+    "train.evaluate_epochs=0",
+    "train.log_steps=1",
+    "train.calibration_images=64",
+    "data.max_images=300",
+    "data.batch_size=64",
+    "model.arguments={width: 4}",
+    "space.bits=[2, 4, 8]",
+]
+
+
+def make_supernet(norm: bool = False) -> Supernet:
+    """A small calibrated supernet; without BN unless `norm`."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU()]
+    if norm:
+        layers.insert(1, nn.BatchNorm2d(6))
+    model = nn.Sequential(*layers, nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5))
+    supernet = Supernet.from_model(model, (1, 8, 8))
+    supernet.calibrate(torch.randn(32, 1, 8, 8))
+    return supernet
+
+
+def make_batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(16, 1, 8, 8, generator=generator), torch.randint(0, 5, (16,), generator=generator)
+
+
+def gradients(supernet: Supernet, **changes: object) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients and loss parts of one step."""
+    supernet.train().zero_grad()
+    images, labels = make_batch()
+    configs = SandwichSampler(supernet.space).sample(np.random.default_rng(3))
+    settings = TrainSettings(**changes)  # type: ignore[arg-type]
+    criterion = nn.CrossEntropyLoss()
+    parts = supernet_step(Accelerator(cpu=True), supernet, supernet, images, labels, configs, criterion, settings)
+    return {n: p.grad.clone() for n, p in supernet.named_parameters() if p.grad is not None}, parts
+
+
+class Recorder(nn.Module):
+    """Notes the config and the logits of every forward pass."""
+
+    def __init__(self, supernet: Supernet) -> None:
+        super().__init__()
+        self.supernet = supernet
+        self.seen: list[tuple[QuantConfig, Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.supernet(x)
+        assert self.supernet.config is not None
+        self.seen.append((self.supernet.config, logits.detach()))
+        return logits
+
+
+def test_three_forwards_in_order_each_taught_by_the_one_before() -> None:
+    supernet = make_supernet().train()
+    images, labels = make_batch()
+    configs = SandwichSampler(supernet.space).sample(np.random.default_rng(0))
+    recorder = Recorder(supernet)
+    parts = supernet_step(
+        Accelerator(cpu=True), recorder, supernet, images, labels, configs, nn.CrossEntropyLoss(), TrainSettings()
+    )
+    assert [c for c, _ in recorder.seen] == configs
+    (_, high), (_, middle), (_, low) = recorder.seen
+
+    def kl(student: Tensor, teacher: Tensor) -> Tensor:
+        return F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="batchmean")
+
+    assert torch.allclose(parts["guidance/random_1"], kl(middle, high), atol=1e-6)
+    assert torch.allclose(parts["guidance/smallest"], kl(low, middle), atol=1e-6)
+    assert "guidance/largest" not in parts
+    assert torch.allclose(parts["task/smallest"], F.cross_entropy(low, labels), atol=1e-6)
+
+
+def test_the_largest_subnet_is_guided_by_the_float_teacher_if_there_is_one() -> None:
+    supernet = make_supernet().train()
+    images, labels = make_batch()
+    configs = SandwichSampler(supernet.space).sample(np.random.default_rng(0))
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+    parts = supernet_step(
+        Accelerator(cpu=True),
+        supernet,
+        supernet,
+        images,
+        labels,
+        configs,
+        nn.CrossEntropyLoss(),
+        TrainSettings(),
+        teacher,
+    )
+    assert parts["guidance/largest"] > 0
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_gradients_are_those_of_the_sum_of_all_parts() -> None:
+    supernet = make_supernet()
+    found, parts = gradients(supernet)
+    supernet.zero_grad()
+    images, labels = make_batch()
+    configs = SandwichSampler(supernet.space).sample(np.random.default_rng(3))
+    settings = TrainSettings()
+    wdr = weight_distribution_loss(regularised_weights(supernet, settings))
+    total = 0.015 * wdr["kurtosis"] + 1.0 * wdr["skewness"]
+    previous = None
+    for config in configs:
+        supernet.set_config(config)
+        logits = supernet(images)
+        task = F.cross_entropy(logits, labels)
+        if previous is None:
+            total = total + task
+        else:
+            guidance = F.kl_div(logits.log_softmax(1), previous.softmax(1), reduction="batchmean")
+            total = total + 0.5 * guidance + 0.5 * task
+        previous = logits.detach()
+        total.backward()  # configs switch buffers in place, so the graph of one must be used before the next
+        total = torch.zeros(())
+    for name, parameter in supernet.named_parameters():
+        assert torch.allclose(found[name], parameter.grad, atol=1e-5), name
+    assert torch.isclose(parts["total"], sum(v for k, v in parts.items() if k.startswith("task/largest")) + 0.015 * parts["kurtosis"] + parts["skewness"] + 0.5 * sum(v for k, v in parts.items() if k.endswith(("random_1", "smallest"))))  # fmt: skip
+
+
+def test_every_parameter_takes_part_in_every_backward() -> None:
+    supernet = make_supernet(norm=True)
+    found, _ = gradients(supernet)
+    missing = [n for n, p in supernet.named_parameters() if p.requires_grad and n not in found]
+    assert not missing
+
+
+def test_micro_batches_give_the_gradients_of_the_whole_batch() -> None:
+    supernet = make_supernet()
+    whole, _ = gradients(supernet)
+    pieces, _ = gradients(supernet, accumulation=3)
+    for name, gradient in whole.items():
+        assert torch.allclose(gradient, pieces[name], atol=1e-5), name
+
+
+def test_wdr_leaves_the_first_layer_out_unless_asked() -> None:
+    supernet = make_supernet()
+    names = list(supernet.latent_weights())
+    assert list(regularised_weights(supernet, TrainSettings())) == names[1:]
+    assert list(regularised_weights(supernet, TrainSettings(wdr_first_layer=True))) == names
+
+
+def test_a_space_with_one_choice_trains_statically() -> None:
+    space = make_supernet().space
+    static = QuantSpace.from_layers(space.layers, bits=[4], symmetric=[True], granularity=["tensor"])
+    assert len(step_configs(SandwichSampler(static), 0, 0)) == 1
+    assert len(step_configs(SandwichSampler(space), 0, 0)) == 3
+    assert subnet_roles(4) == ["largest", "random_1", "random_2", "smallest"]
+
+
+def test_configs_depend_on_seed_and_step_only() -> None:
+    sampler = SandwichSampler(make_supernet().space)
+    assert step_configs(sampler, 5, 17) == step_configs(sampler, 5, 17)
+    assert step_configs(sampler, 5, 17) != step_configs(sampler, 5, 18)
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "train.py"), f"output={folder}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=folder.parent)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted tiny run."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    done = train(folder, *TINY)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("number", "after"),
+    [(signal.SIGKILL, "supernet-00000004"), (signal.SIGTERM, "pretrain-00000004")],
+    ids=["kill-9", "term"],
+)
+def test_a_killed_run_resumes_bit_for_bit(finished: Path, tmp_path: Path, number: signal.Signals, after: str) -> None:
+    folder = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "train.py"), f"output={folder}", *TINY]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    checkpoint = folder / "checkpoints" / after
+    while not checkpoint.exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode in (-number, 130)
+    if number == signal.SIGTERM:
+        assert "resume" in errors
+        assert "Traceback" not in errors
+    assert not (folder / "supernet.json").exists()
+    resumed = train(folder, *TINY, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming" in resumed.stdout
+    for name in ("float.safetensors", "supernet.safetensors"):
+        whole, continued = load_file(finished / name), load_file(folder / name)
+        assert whole.keys() == continued.keys()
+        assert all(torch.equal(whole[k], continued[k]) for k in whole), name
+    for name in ("metrics.jsonl", "evaluation.json", "split.json"):
+        assert (finished / name).read_text() == (folder / name).read_text(), name
+
+
+def test_a_damaged_checkpoint_is_passed_over(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "damaged"
+    shutil.copytree(finished, folder)
+    for name in ("supernet.json", "supernet.safetensors", "evaluation.json"):
+        (folder / name).unlink()
+    newest, older = sorted((folder / "checkpoints").glob("supernet-*"), reverse=True)
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    resumed = train(folder, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "damaged" in resumed.stdout
+    assert f"after step {int(older.name.split('-')[1])}" in resumed.stdout
+    whole, continued = load_file(finished / "supernet.safetensors"), load_file(folder / "supernet.safetensors")
+    assert all(torch.equal(whole[k], continued[k]) for k in whole)
+
+
+def test_a_finished_run_logs_every_part(finished: Path) -> None:
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == sorted(r["step"] for r in rows)
+    last = [r for r in rows if "supernet/total" in r][-1]
+    wanted = {
+        "task/largest",
+        "task/random_1",
+        "task/smallest",
+        "guidance/random_1",
+        "guidance/smallest",
+        "kurtosis",
+        "skewness",
+    }
+    assert {f"supernet/{w}" for w in wanted} <= set(last)
+    assert last["supernet/lr"] < 1e-4
+    assert "test/mean/2bit" in rows[-1]
+
+
+DDP_SCRIPT = """
+import sys, torch
+from eqnet.command import start_cpu_processes
+start_cpu_processes()
+from eqnet.training.loop import make_accelerator, step_configs
+from eqnet.settings import Settings, TrainSettings
+from eqnet.space import SandwichSampler
+from eqnet.training.step import supernet_step
+sys.path.insert(0, sys.argv[2])
+from test_training import make_supernet, make_batch
+accelerator = make_accelerator(Settings())
+supernet = make_supernet().train()
+model = accelerator.prepare(supernet)
+images, labels = make_batch()
+rank, world = accelerator.process_index, accelerator.num_processes
+size = len(images) // world
+mine = slice(rank * size, (rank + 1) * size)
+configs = step_configs(SandwichSampler(supernet.space), 0, 5)
+supernet_step(accelerator, model, supernet, images[mine], labels[mine], configs, torch.nn.CrossEntropyLoss(), TrainSettings(accumulation=2))
+torch.save({n: p.grad for n, p in supernet.named_parameters()}, f"{sys.argv[1]}/gradients-{world}-{rank}.pt")
+torch.save([c.to_json() for c in configs], f"{sys.argv[1]}/configs-{world}-{rank}.pt")
+"""
+
+
+def launch(processes: int, *command: str, cwd: Path) -> None:
+    base = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    done = subprocess.run([*base, *command], capture_output=True, text=True, env=environment(), cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
+    script = tmp_path / "gradients.py"
+    script.write_text(DDP_SCRIPT)
+    for processes in (1, 2):
+        launch(processes, str(script), str(tmp_path), str(ROOT / "tests"), cwd=tmp_path)
+    one = torch.load(tmp_path / "gradients-1-0.pt", weights_only=True)
+    two = [torch.load(tmp_path / f"gradients-2-{r}.pt", weights_only=True) for r in range(2)]
+    for name, gradient in one.items():
+        if gradient is None:
+            continue
+        assert torch.equal(two[0][name], two[1][name]), name
+        assert torch.allclose(two[0][name], gradient, atol=1e-5), name
+    configs = [torch.load(tmp_path / f"configs-2-{r}.pt", weights_only=True) for r in range(2)]
+    assert configs[0] == configs[1] == torch.load(tmp_path / "configs-1-0.pt", weights_only=True)
+
+
+def test_the_cifar_resnets_train_in_bfloat16() -> None:
+    model = timm.create_model("cifar_resnet20", in_chans=1, width=4)
+    supernet = Supernet.from_model(model, (1, 8, 8), bits=[2, 8])
+    supernet.calibrate(torch.randn(16, 1, 8, 8))
+    images, labels = make_batch()
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    configs = SandwichSampler(supernet.space).sample(np.random.default_rng(0))
+    parts = supernet_step(
+        accelerator, supernet, supernet, images, labels, configs, nn.CrossEntropyLoss(), TrainSettings()
+    )
+    assert all(torch.isfinite(v) for v in parts.values())
+    assert all(torch.isfinite(p.grad).all() for p in supernet.parameters() if p.grad is not None)
