@@ -135,25 +135,25 @@ def search(
             top_k=s.top_k,
             progress=lambda *_: advance(),
         )
-    finalists = [space.decode(g) for g in result.genomes]
-    with progress_bar(console, f"measuring the best {len(finalists)}", len(finalists)) as advance:
+    uniform = [c for _, _, c in uniform_configs(space) if bound.feasible(space.encode_all([c]))[0]]
+    finalists = [*map(space.decode, result.genomes), *uniform]
+    predicted = score(space.encode_all(finalists))
+    with progress_bar(
+        console, f"measuring the best {len(result.genomes)} and {len(uniform)} uniform", len(finalists)
+    ) as advance:
         measured = evaluator.measure_all(finalists, ["validation"], accelerator, advance)[:, 0]
-    uniform = [(form, c) for _, form, c in uniform_configs(space) if bound.feasible(space.encode_all([c]))[0]]
-    with progress_bar(console, "measuring uniform configs within the budget", len(uniform)) as advance:
-        uniform_measured = evaluator.measure_all([c for _, c in uniform], ["validation"], accelerator, advance)[:, 0]
-    best = int(np.argmax(measured))  # ties: the one that is predicted best
-    rivals = [(finalists[best], result.scores[best], measured[best])]
-    if uniform:
-        rival = int(np.argmax(uniform_measured))
-        config = uniform[rival][1]
-        rivals.append((config, score(space.encode_all([config]))[0], uniform_measured[rival]))
-    tests = evaluator.measure_all([c for c, _, _ in rivals], ["test"], accelerator)[:, 0]
+    # a uniform config is a point of the space too: the winner is never measured worse than one within the budget
+    order = sorted(range(len(finalists)), key=lambda i: (-measured[i], -predicted[i], i))
+    best_uniform = next((i for i in order if i >= len(result.genomes)), None)
+    chosen = [order[0]] if best_uniform is None else [order[0], best_uniform]
+    tests = evaluator.measure_all([finalists[i] for i in chosen], ["test"], accelerator)[:, 0]
     found = [
-        describe(config, space, float(predicted), float(validation), float(test))
-        for (config, predicted, validation), test in zip(rivals, tests, strict=True)
+        describe(finalists[i], space, float(predicted[i]), float(measured[i]), float(test))
+        for i, test in zip(chosen, tests, strict=True)
     ]
     if not accelerator.is_main_process:
         return
+    winner = finalists[order[0]]
     folder = new_folder(run.path / "search", str(Budget.parse(arguments.budget)), arguments)
     document = {
         "budget": str(Budget.parse(arguments.budget)),
@@ -162,15 +162,17 @@ def search(
         **found[0],
         "best_uniform_within_budget": found[1] if len(found) > 1 else None,
     }
-    evaluator.supernet.set_config(finalists[best])
+    evaluator.supernet.set_config(winner)
     evaluator.supernet.recalibrate_bn(evaluator.bn_batches)
     save_tensors(folder / "subnet.safetensors", evaluator.supernet.extract().state_dict())
     write_json(folder / "subnet.json", document)
     console.print(winner_table(found, space))
-    tracker.image("search/bits", plot_bits(finalists[best], space, folder / "bits.png"))
+    if order[0] == best_uniform:
+        console.print("the winner is a uniform config: no searched one was measured better on the validation split")
+    tracker.image("search/bits", plot_bits(winner, space, folder / "bits.png"))
     figures = {f"search/{name}": value for name, value in found[0]["accuracy"].items()}
     tracker.log(figures | {f"search/{name}": value for name, value in found[0]["cost"].items()}, 0)
-    tracker.table("search/winner", ["layer", "weight bits", "activation bits"], bit_rows(finalists[best]))
+    tracker.table("search/winner", ["layer", "weight bits", "activation bits"], bit_rows(winner))
     if arguments.pareto:
         pareto(folder, space, bound, score, found[0], settings, tracker, console)
     console.print(f"saved {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
@@ -182,7 +184,7 @@ def describe(
     """What `subnet.json` says about a config."""
     genomes = space.encode_all([config])
     return {
-        "form": ALL_FORMS[int(space.form_of(genomes)[0])].name,
+        "form": space.form_name(config),
         "cost": {name: float(build(space)(genomes)[0]) for name, build in COSTS.items()},
         "accuracy": {"predicted": predicted, "validation": validation, "test": test},
         "layers": config.to_json(),

@@ -77,14 +77,20 @@ def main() -> None:
     table.add_row("elastic, mean over 8 forms", *(statistics(mean[b]) for b in bits))
     for name, (form, _) in STATIC_FORMS.items():
         table.add_row(f"elastic, {form}", *(statistics(elastic[form][b]) for b in bits))
-        table.add_row(f"static {name}, {form}", *(statistics(static[name][b]) if b in STATIC_BITS else "" for b in bits))
-    pooled = {b: [float(np.mean([static[n][b][i] for n in static])) for i in range(arguments.seeds)] for b in STATIC_BITS}
+        table.add_row(
+            f"static {name}, {form}", *(statistics(static[name][b]) if b in STATIC_BITS else "" for b in bits)
+        )
+    pooled = {
+        b: [float(np.mean([static[n][b][i] for n in static])) for i in range(arguments.seeds)] for b in STATIC_BITS
+    }
     gap = {b: float(np.mean(mean[b]) - np.mean(pooled[b])) for b in STATIC_BITS}
     table.add_row("elastic mean - static mean", *(f"{gap[b]:+.2f}" if b in gap else "" for b in bits))
     table.add_row("elastic mean - float", *(f"{np.mean(mean[b]) - np.mean(floats):+.2f}" for b in bits))
     console.print(table)
     if arguments.json:
-        write_json(arguments.json, {"float": floats, "elastic": elastic, "static": static, "overrides": arguments.overrides})
+        write_json(
+            arguments.json, {"float": floats, "elastic": elastic, "static": static, "overrides": arguments.overrides}
+        )
 
 
 if __name__ == "__main__":

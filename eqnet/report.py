@@ -14,7 +14,7 @@ from rich.table import Table
 
 from eqnet.checkpoint import atomic_write_text
 from eqnet.scoring.evaluation import UniformAccuracy
-from eqnet.space import ALL_FORMS, COSTS, Genomes, QuantConfig, QuantSpace
+from eqnet.space import COSTS, Genomes, QuantConfig, QuantSpace
 
 WEIGHT_COLOR, ACT_COLOR, UNIFORM_COLOR, CHOSEN_COLOR = "#1f5fa8", "#e08a1e", "#7a7a7a", "#c0392b"
 
@@ -44,11 +44,11 @@ def _save(figure: Any, path: Path) -> Path:
 def uniform_table(results: Sequence[UniformAccuracy], split: str, float_accuracy: float | None) -> Table:
     """Accuracy in percent: one row per form, one column per bit-width, and the mean over forms."""
     bits = sorted({r.bits for r in results})
-    title = f"{split} accuracy [%] of every uniform bit-width (weights = activations)"
+    title = f"{split} accuracy [%] of every uniform bit-width by form (granularity-weights-activations)"
     table = Table(
         title=title, title_justify="left", caption=None if float_accuracy is None else f"float: {float_accuracy:.2f}"
     )
-    table.add_column("weights granularity-symmetry, activations")
+    table.add_column("form")
     for b in bits:
         table.add_column(f"{b} bit", justify="right")
     by_form: dict[str, dict[int, float]] = {}
@@ -63,16 +63,16 @@ def uniform_table(results: Sequence[UniformAccuracy], split: str, float_accuracy
 
 def winner_table(found: Sequence[Mapping[str, Any]], space: QuantSpace) -> Table:
     """The searched config beside the best uniform one within the budget: accuracies in percent and every cost."""
-    table = Table(title="searched subnet and the best uniform config within the budget", title_justify="left")
-    for column in ("", "form", "test", "validation", "predicted"):
-        table.add_column(column, justify="left" if column in ("", "form") else "right")
-    costs = {name: build(space) for name, build in COSTS.items()}
-    for title in ("weight bits", "act bits", "size", "BitOps"):
-        table.add_column(title, justify="right")
-    for label, entry in zip(("searched", "uniform"), found, strict=False):
-        accuracy = entry["accuracy"]
-        figures = [f"{accuracy[s]:.2f}" for s in ("test", "validation", "predicted")]
-        table.add_row(label, entry["form"], *figures, *(c.format(entry["cost"][n]) for n, c in costs.items()))
+    table = Table(title="the searched subnet and the best uniform config within the budget", title_justify="left")
+    table.add_column("")
+    for label, _ in zip(("searched", "uniform"), found, strict=False):
+        table.add_column(label, justify="right")
+    table.add_row("form", *(entry["form"] for entry in found))
+    for split in ("test", "validation", "predicted"):
+        table.add_row(f"{split} accuracy [%]", *(f"{entry['accuracy'][split]:.2f}" for entry in found))
+    titles = {"w": "mean weight bits", "a": "mean activation bits", "size": "model size", "bitops": "BitOps"}
+    for name, build in COSTS.items():
+        table.add_row(titles[name], *(build(space).format(entry["cost"][name]) for entry in found))
     return table
 
 
@@ -85,10 +85,9 @@ def write_front(genomes: Genomes, scores: NDArray[Any], space: QuantSpace, path:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["predicted", *costs, "form", *(f"{n}.weight" for n in names), *(f"{n}.act" for n in names)])
     for i, config in enumerate(configs):
-        form = ALL_FORMS[int(space.form_of(genomes[i : i + 1])[0])].name
         acts = [config[n].act for n in names]
         bits = [*(config[n].weight.bits for n in names), *("float" if a is None else a.bits for a in acts)]
-        writer.writerow([f"{scores[i]:.4f}", *(f"{c[i]:.6g}" for c in costs.values()), form, *bits])
+        writer.writerow([f"{scores[i]:.4f}", *(f"{c[i]:.6g}" for c in costs.values()), space.form_name(config), *bits])
     atomic_write_text(path, buffer.getvalue())
 
 

@@ -26,18 +26,28 @@ def images() -> Callable[..., torch.Tensor]:
 
 
 @pytest.fixture
-def cnn() -> nn.Sequential:
+def make_cnn() -> Callable[[], nn.Sequential]:
     """Five quantizable layers (dense, depthwise, strided and pointwise convolutions, a linear), BN, both input signs."""
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),
-        nn.BatchNorm2d(8),
-        nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(12),
-        nn.ReLU(),
-        nn.Conv2d(12, 6, 1),
-        nn.Flatten(),
-        nn.Linear(96, 5),
-    )
+
+    def make() -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(12),
+            nn.ReLU(),
+            nn.Conv2d(12, 6, 1),
+            nn.Flatten(),
+            nn.Linear(96, 5),
+        )
+
+    return make
+
+
+@pytest.fixture
+def cnn(make_cnn: Callable[[], nn.Sequential]) -> nn.Sequential:
+    """One of them, for inputs of 3 x 8 x 8."""
+    return make_cnn()

@@ -255,13 +255,50 @@ def test_what_stays_in_float_is_listed():
     assert set(supernet.layers) == {"embed", "mix.out_proj"}
 
 
-@pytest.mark.parametrize("change", ["missing", "foreign", "other model"])
+def test_attention_modules_count_their_output_projection(images):
+    """`nn.MultiheadAttention` reads its output projection; torchvision's transformers are built of it."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.mix = nn.Linear(3, 6), nn.MultiheadAttention(6, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            return self.mix(x, x, x, need_weights=False)[0]
+
+    layers = {layer.name: layer for layer in trace_layers(Attention(), (4, 3))}
+    assert (layers["mix.out_proj"].macs, layers["mix.out_proj"].calls) == (4 * 6 * 6, 0)
+    supernet = Supernet.from_model(Attention(), (4, 3), bits=[2, 8], fixed="none").eval()
+    x = images(2, (4, 3))
+    supernet.calibrate(x)
+    for seed in range(3):
+        supernet.set_config(supernet.space.sample(rng(seed)))
+        subnet = supernet.extract()
+        assert torch.equal(subnet(x), supernet(x))
+        with torch.no_grad():  # another kernel of torch
+            assert torch.equal(subnet(x), supernet(x))
+
+
+def test_a_model_is_converted_once(cnn, images):
+    supernet = Supernet.from_model(cnn, SIZE)
+    for model in (supernet.model, supernet.extract()):
+        with pytest.raises(ValueError, match="already"):
+            Supernet(model, supernet.space)
+    with pytest.raises(ValueError, match="already"):
+        Supernet.from_model(cnn, SIZE)
+    assert supernet(images()).isfinite().all()
+
+
+@pytest.mark.parametrize("change", ["missing", "foreign", "other model", "other width"])
 def test_a_space_of_another_model_is_refused(cnn, change):
     layers = trace_layers(cnn, SIZE)
     if change == "missing":
         layers = layers[1:]
     elif change == "foreign":
         layers = [*layers, *trace_layers(Twice(), SIZE)[1:]]
+    elif change == "other width":
+        layers = [*layers[:-1], trace_layers(nn.Sequential(*cnn[:10], nn.Linear(96, 7)), SIZE)[-1]]
     else:
         layers = trace_layers(Twice(), SIZE)
     with pytest.raises(ValueError, match="does not belong to this model"):
@@ -453,6 +490,20 @@ def test_inputs_are_calibrated_behind_quantized_layers(cnn, images):
     torch.testing.assert_close(reference.scale, supernet.layers["3"].act_quantizer.scale)
 
 
+def test_calibration_on_many_values_sees_every_channel():
+    """4 million values are thinned; a plain stride of 2 would see the even channels of the last axis only."""
+    x = torch.randn(256, 1024, 16, generator=torch.Generator().manual_seed(0))
+    x[:, :, 1::2] *= 0.1
+    supernet = Supernet.from_model(nn.Sequential(nn.Linear(16, 2)), (1024, 16), bits=[2], fixed="none").eval()
+    supernet.calibrate(x)
+    thinned = supernet.layers["0"].act_quantizer
+    whole = copy.deepcopy(thinned)
+    whole.calibrate(x)
+    torch.testing.assert_close(thinned.scale, whole.scale, rtol=0.02, atol=0)
+    whole.calibrate(x[:, :, ::2])
+    assert ((whole.scale - thinned.scale).abs() > 0.04 * thinned.scale).any()
+
+
 def test_a_layer_called_twice_is_calibrated_on_both_inputs(images):
     supernet = Supernet.from_model(Twice(), SIZE, bits=[8], symmetric=[True], fixed="none").eval()
     supernet.calibrate(images(4))
@@ -466,28 +517,10 @@ def test_a_layer_called_twice_is_calibrated_on_both_inputs(images):
     torch.testing.assert_close(reference.scale, supernet.layers["conv"].act_quantizer.scale)
 
 
-def test_a_stored_supernet_needs_no_calibration(supernet, cnn, images, tmp_path):
+def test_a_stored_supernet_needs_no_calibration(supernet, make_cnn, images, tmp_path):
     config = supernet.space.sample(rng())
-    supernet.set_config(config)
     torch.save(supernet.state_dict(), tmp_path / "supernet.pt")
-    float_model = copy.deepcopy(supernet.extract())  # any module of other values: weights come from the file
-    del float_model
-    fresh = nn.Sequential(
-        *[
-            nn.Conv2d(3, 8, 3, padding=1, bias=False),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),
-            nn.BatchNorm2d(8),
-            nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(12),
-            nn.ReLU(),
-            nn.Conv2d(12, 6, 1),
-            nn.Flatten(),
-            nn.Linear(96, 5),
-        ]
-    )
-    other = Supernet(fresh, QuantSpace.from_json(supernet.space.to_json())).eval()
+    other = Supernet(make_cnn(), QuantSpace.from_json(supernet.space.to_json())).eval()
     assert not other.calibrated
     other.load_state_dict(torch.load(tmp_path / "supernet.pt", weights_only=True))
     assert other.calibrated
@@ -579,6 +612,13 @@ def test_recalibration_restores_modes_and_momenta_and_trains_nothing(supernet, i
         recalibrate_bn(supernet, [images(4, (3, 16, 16))])
     assert [m.momentum for m in layers] == [0.3, None, 0.1]
     assert [m.training for m in supernet.modules()] == modes
+
+
+def test_recalibration_without_a_batch_is_refused(supernet, images):
+    batches = (images(seed=s) for s in range(2))
+    recalibrate_bn(supernet, batches)
+    with pytest.raises(ValueError, match="no batch"):
+        recalibrate_bn(supernet, batches)  # has run out
 
 
 def test_dropout_stays_off_while_bn_is_recalibrated(images):

@@ -18,15 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from eqnet.nn.layers import LAYER_TYPES, ElasticLayer, layer_kind, make_elastic, make_quantized
+from eqnet.nn.layers import LAYER_TYPES, ElasticLayer, QuantMixin, layer_kind, make_elastic, make_quantized
 from eqnet.nn.quantizer import ElasticQuantizer
 from eqnet.space import LayerInfo, QuantConfig, QuantSpace
 
 BATCH_NORM_TYPES = (nn.modules.batchnorm._BatchNorm,)
 
 
+READING_FUNCTIONS = ("linear", "conv1d", "conv2d", "multi_head_attention_forward")
+
+
 class _DirectReads(TorchFunctionMode):
-    """Counts MACs of `F.linear` and convolutions that read a layer's weight without calling the layer."""
+    """Counts MACs of functions that read a layer's weight without calling the layer."""
 
     def __init__(self, names: dict[int, str]) -> None:
         super().__init__()
@@ -34,12 +37,12 @@ class _DirectReads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") in ("linear", "conv1d", "conv2d"):
-            weight = (kwargs or {}).get("weight", args[1] if len(args) > 1 else None)
-            name = self.names.get(id(weight))
-            if name is not None:
-                assert weight is not None
-                self.macs[name] += out.numel() * weight[0].numel()
+        if getattr(func, "__name__", "") in READING_FUNCTIONS:
+            result = out if isinstance(out, Tensor) else out[0]  # attention also returns its weights
+            for weight in (*args, *(kwargs or {}).values()):
+                name = self.names.get(id(weight))
+                if name is not None:
+                    self.macs[name] += result.numel() * weight[0].numel()
         return out
 
 
@@ -117,17 +120,22 @@ class Supernet(nn.Module):
         uncovered: names of parameters with two or more dimensions that stay in float (embeddings, packed projections).
 
     Raises:
-        ValueError: the space names layers that the model does not have, or the other way round.
+        ValueError: layers of the space and the model differ in name or shape, or the model is quantized already.
     """
 
     def __init__(self, model: nn.Module, space: QuantSpace) -> None:
         super().__init__()
         modules = {name: m for name, m in model.named_modules() if isinstance(m, LAYER_TYPES)}
-        names = {layer.name for layer in space.layers}
-        if names != set(modules):
-            wrong = sorted(names ^ set(modules))
-            raise ValueError(f"the space does not belong to this model: {', '.join(wrong[:5])} on one side only.")
-        covered = {f"{name}.weight" for name in names}
+        if any(isinstance(m, QuantMixin) for m in modules.values()):
+            raise ValueError("the model is quantized already; build the supernet from a float model.")
+        ours = {name: tuple(m._parameters["weight"].shape) for name, m in modules.items()}  # type: ignore[union-attr]
+        theirs = {layer.name: layer.weight_shape for layer in space.layers}
+        wrong = sorted({name for name, _ in ours.items() ^ theirs.items()})
+        if wrong:
+            raise ValueError(
+                f"the space does not belong to this model: {', '.join(wrong[:5])} missing on one side or of another shape."
+            )
+        covered = {f"{name}.weight" for name in ours}
         self.uncovered = [n for n, p in model.named_parameters() if p.ndim > 1 and n not in covered]
         for layer in space.layers:
             make_elastic(modules[layer.name], layer, space)
@@ -270,6 +278,9 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Tensor]) -> None:
     Args:
         model: any network, also one without BN (then nothing happens).
         batches: images [N, C, H, W] of the training split.
+
+    Raises:
+        ValueError: there is no batch.
     """
     momenta = [(m, m.momentum) for m in model.modules() if isinstance(m, BATCH_NORM_TYPES) and m.track_running_stats]
     if not momenta:
@@ -279,8 +290,12 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Tensor]) -> None:
         module.momentum = None  # cumulative average
     try:
         with _batch_norm_training(model):
+            empty = True
             for images in batches:
                 model(images)
+                empty = False
     finally:
         for module, momentum in momenta:
             module.momentum = momentum
+    if empty:
+        raise ValueError("no batch to recalibrate BN with; give a sequence, not a generator that has already run.")

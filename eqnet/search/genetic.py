@@ -23,7 +23,8 @@ import numpy as np
 from deap import base, tools
 from numpy.typing import ArrayLike, NDArray
 
-from eqnet.space.cost import BoundBudget, CostModel
+from eqnet.space.budget import BoundBudget
+from eqnet.space.cost import CostModel
 from eqnet.space.qconfig import Form
 from eqnet.space.sampling import MeanBitsSampler
 from eqnet.space.space import Genomes, QuantSpace

@@ -1,9 +1,8 @@
 """What may vary in a quantized network, and what it costs. numpy only."""
 
+from eqnet.space.budget import BoundBudget, Budget
 from eqnet.space.cost import (
     COSTS,
-    BoundBudget,
-    Budget,
     CostModel,
     act_bits,
     act_compression,

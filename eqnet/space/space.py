@@ -342,6 +342,11 @@ class QuantSpace:
             raise ValueError(f"layer {gene.layers[0]!r} has no {gene.slot} format of the form {form.name}.")
         return allowed
 
+    def form_name(self, config: QuantConfig) -> str:
+        """Name of the form all layers of a config share, "mixed" if they differ."""
+        index = int(self.form_of(self.encode_all([config]))[0])
+        return "mixed" if index < 0 else ALL_FORMS[index].name
+
     def form_of(self, genomes: Genomes) -> NDArray[np.int64]:
         """Index into `ALL_FORMS` of the form each whole genome has, -1 if its layers differ, [N]."""
         columns = np.arange(self.num_genes)
