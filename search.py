@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from rich.console import Console
 
-from eqnet.checkpoint import save_tensors, write_json
+from eqnet.checkpoint import read_json, save_tensors, write_json
 from eqnet.command import make_console, progress_bar, run_command, start_cpu_processes
 from eqnet.report import plot_bits, plot_front, plot_predictor, winner_table, write_front
 from eqnet.run import Run, open_data, versions
@@ -27,9 +27,9 @@ from eqnet.tracking import Tracker
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--budget", required=True, help="hard limits: 4 | w=3,a=4 | size=180KiB | bitops=1.2G, comma-joined"
-    )
+    job = parser.add_mutually_exclusive_group(required=True)
+    job.add_argument("--budget", help="hard limits: 4 | w=3,a=4 | size=180KiB | bitops=1.2G, comma-joined")
+    job.add_argument("--subnet", help="measure the config of this subnet.json instead of searching")
     parser.add_argument("--run", help="folder of the run (default: the latest below runs/)")
     parser.add_argument(
         "--form", choices=[f.name for f in ALL_FORMS], help="search one form (default: all of the space)"
@@ -42,19 +42,24 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Table, predictor, search, re-ranking, result; builds what is missing."""
     arguments = parse_arguments()
-    budget = Budget.parse(arguments.budget)
+    budget = None if arguments.budget is None else Budget.parse(arguments.budget)
     run = Run.open(arguments.run)
     settings = search_settings(run.settings, arguments.settings)
     supernet, _ = run.load_supernet()
     forms = [Form.parse(arguments.form)] if arguments.form else list(supernet.space.forms)
-    space = supernet.space if len(forms) > 1 else supernet.space.restrict_form(forms[0])
-    bound = budget.bind(space, settings.search.band)
+    space = supernet.space.restrict_form(forms[0]) if arguments.form else supernet.space
+    bound = None if budget is None else budget.bind(space, settings.search.band)
+    subnet = None if arguments.subnet is None else read_subnet(arguments.subnet, space)
     start_cpu_processes()
     accelerator = Accelerator()
     console = make_console()
     data = open_data(run)
     supernet.to(accelerator.device)
     evaluator = Evaluator.from_data(supernet, data, settings, accelerator.device)
+    if bound is None:
+        assert subnet is not None
+        console.print(f"run {run.path}, {arguments.subnet}")
+        return measure_subnet(subnet, space, evaluator, accelerator, console)
     console.print(f"run {run.path}, budget {budget}, {len(forms)} form(s)")
     tracker = Tracker(run.path, settings.tracking, settings.project, settings.model_dump(), accelerator.is_main_process)
     try:
@@ -65,6 +70,33 @@ def main() -> None:
         search(arguments, run, settings, space, bound, evaluator, predictor, accelerator, tracker, console)
     finally:
         tracker.close()
+    return None
+
+
+def read_subnet(path: str, space: QuantSpace) -> QuantConfig:
+    """The config of a `subnet.json`.
+
+    Raises:
+        ValueError: the file is missing, damaged, or its layers and formats are not those of the space.
+    """
+    document = read_json(path)
+    try:
+        config = QuantConfig.from_json(document["layers"])
+        space.check(config)
+    except (KeyError, TypeError):
+        raise ValueError(f"{path} is not a subnet: it has no layers.") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return config
+
+
+def measure_subnet(
+    config: QuantConfig, space: QuantSpace, evaluator: Evaluator, accelerator: Accelerator, console: Console
+) -> None:
+    """Prints the measured accuracies and the costs of one config."""
+    (row,) = evaluator.measure_all([config], ["validation", "test"], accelerator)
+    costs = ", ".join(cost.format(cost.of(config)) for cost in (build(space) for build in COSTS.values()))
+    console.print(f"validation {row[0]:.2f} %, test {row[1]:.2f} %; {costs}")
 
 
 def search_settings(base: Settings, overrides: list[str]) -> Settings:

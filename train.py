@@ -13,11 +13,12 @@ from torch import nn
 from eqnet.checkpoint import load_float_weights, write_json
 from eqnet.command import make_console, progress_bar, run_command, start_cpu_processes
 from eqnet.data import DataSplits
-from eqnet.nn.supernet import Supernet
+from eqnet.nn.supernet import Supernet, trace_layers
 from eqnet.report import plot_uniform, uniform_table
 from eqnet.run import Run, create_float_model, open_data
 from eqnet.scoring.evaluation import Evaluator, accuracy, evaluate_uniform
-from eqnet.settings import load_settings
+from eqnet.settings import Settings, load_settings
+from eqnet.space import QuantSpace
 from eqnet.tracking import Tracker
 from eqnet.training.loop import Trainer, export_facts, make_accelerator
 
@@ -45,6 +46,7 @@ def main() -> None:
         data = open_data(run)
     else:
         data = open_data(Run.unsaved(settings))
+        check_model(settings, data)
         run = Run.create(settings, accelerator)
     run.store_split(data, accelerator)
     checkpoint, notes = run.newest_checkpoint() if arguments.resume else (None, [])
@@ -67,6 +69,12 @@ def main() -> None:
         evaluate(supernet, run, data, accelerator, tracker, console)
     finally:
         tracker.close()
+
+
+def check_model(settings: Settings, data: DataSplits) -> None:
+    """Raises ValueError for a model, weights or space that cannot work, before anything is written."""
+    layers = trace_layers(create_float_model(settings.model, data.num_classes, data.input_size[0]), data.input_size)
+    QuantSpace.from_layers(layers, **settings.space.model_dump())
 
 
 def chosen_few(

@@ -45,7 +45,7 @@ def start_cpu_processes() -> None:
         name, _, attached = flag.partition("=")
         if name in ("--num_processes", "--num-processes") and (attached or value).isdigit():
             torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={attached or value}"]
-            os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
+            os.execv(sys.executable, [sys.executable, *torchrun, "--", *sys.argv])
 
 
 @contextmanager

@@ -255,7 +255,9 @@ def test_ties_round_to_even_before_the_zero_point_as_in_onnx(zero):
     x = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5]) * 0.25
     codes, _, z = quantize(x, torch.tensor([0.25]), torch.tensor([-0.25 * zero]), *bounds(4, False))
     assert z.item() == zero
-    steps = np.clip(np.array([-2, -2, 0, 0, 2, 2]) + zero, 0, 15)  # adding an odd zero first would give -3, -1, -1, 1, ...
+    steps = np.clip(
+        np.array([-2, -2, 0, 0, 2, 2]) + zero, 0, 15
+    )  # adding an odd zero first would give -3, -1, -1, 1, ...
     assert codes.tolist() == steps.tolist() == onnx_quantize_linear(x.numpy(), 0.25, zero, 0, 15).tolist()
 
 

@@ -104,7 +104,9 @@ def test_output_is_that_of_its_row(quantizer, weight, fmt):
 
 
 def test_selecting_writes_only_the_row(quantizer):
-    before = {k: v.clone() for k, v in quantizer.named_buffers()} | {k: v.clone() for k, v in quantizer.state_dict().items()}
+    before = {k: v.clone() for k, v in quantizer.named_buffers()} | {
+        k: v.clone() for k, v in quantizer.state_dict().items()
+    }
     versions = {k: v._version for k, v in quantizer.named_parameters()}
     quantizer.select(QuantFormat(5, False, "channel"))
     assert quantizer.format == QuantFormat(5, False, "channel")

@@ -493,7 +493,7 @@ def test_inputs_are_calibrated_behind_quantized_layers(cnn, images):
 def test_calibration_on_many_values_sees_every_channel():
     """4 million values are thinned; a plain stride of 2 would see the even channels of the last axis only."""
     x = torch.randn(256, 1024, 16, generator=torch.Generator().manual_seed(0))
-    x[:, :, 1::2] *= 0.1
+    x[:, :, ::2] *= 0.1
     supernet = Supernet.from_model(nn.Sequential(nn.Linear(16, 2)), (1024, 16), bits=[2], fixed="none").eval()
     supernet.calibrate(x)
     thinned = supernet.layers["0"].act_quantizer
@@ -501,7 +501,7 @@ def test_calibration_on_many_values_sees_every_channel():
     whole.calibrate(x)
     torch.testing.assert_close(thinned.scale, whole.scale, rtol=0.02, atol=0)
     whole.calibrate(x[:, :, ::2])
-    assert ((whole.scale - thinned.scale).abs() > 0.04 * thinned.scale).any()
+    assert (whole.scale < 0.5 * thinned.scale).all()
 
 
 def test_a_layer_called_twice_is_calibrated_on_both_inputs(images):

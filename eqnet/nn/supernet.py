@@ -117,7 +117,7 @@ class Supernet(nn.Module):
         model: the converted model; its state dict has every float key, plus the quantizers' tables.
         space: the formats each layer may take.
         config: the active config; None means floating point.
-        uncovered: names of parameters with two or more dimensions that stay in float (embeddings, packed projections).
+        uncovered: names of matrix-like parameters that stay in float (embeddings, packed projections; not gains or tokens).
 
     Raises:
         ValueError: layers of the space and the model differ in name or shape, or the model is quantized already.
@@ -136,7 +136,9 @@ class Supernet(nn.Module):
                 f"the space does not belong to this model: {', '.join(wrong[:5])} missing on one side or of another shape."
             )
         covered = {f"{name}.weight" for name in ours}
-        self.uncovered = [n for n, p in model.named_parameters() if p.ndim > 1 and n not in covered]
+        self.uncovered = [
+            n for n, p in model.named_parameters() if sum(size > 1 for size in p.shape) > 1 and n not in covered
+        ]
         for layer in space.layers:
             make_elastic(modules[layer.name], layer, space)
         self.model = model
