@@ -132,7 +132,7 @@ def fit_predictor(
         predictor.save(run.path / "predictor.safetensors")
         assert predictor.held_out is not None
         picture = plot_predictor(*predictor.held_out, metrics, run.path / "predictor.png")
-        tracker.log({f"predictor/{name}": value for name, value in metrics.items()}, len(table))
+        tracker.log({f"predictor/{name}": value for name, value in metrics.items()}, tracker.last_step)
         tracker.image("predictor", picture)
     return predictor
 
@@ -203,7 +203,7 @@ def search(
         console.print("the winner is a uniform config: no searched one was measured better on the validation split")
     tracker.image("search/bits", plot_bits(winner, space, folder / "bits.png"))
     figures = {f"search/{name}": value for name, value in found[0]["accuracy"].items()}
-    tracker.log(figures | {f"search/{name}": value for name, value in found[0]["cost"].items()}, 0)
+    tracker.log(figures | {f"search/{name}": value for name, value in found[0]["cost"].items()}, tracker.last_step)
     tracker.table("search/winner", ["layer", "weight bits", "activation bits"], bit_rows(winner))
     if arguments.pareto:
         pareto(folder, space, bound, score, found[0], settings, tracker, console)

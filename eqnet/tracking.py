@@ -40,7 +40,7 @@ class Tracker:
         self, folder: Path, backend: str, project: str, config: Mapping[str, Any], enabled: bool = True
     ) -> None:
         self.folder, self.enabled = folder, enabled
-        self.last_step = 0
+        self.last_step = max((row["step"] for row in self._rows()), default=0)
         self._wandb: Any = None
         if not enabled or backend == "none":
             return
@@ -74,17 +74,22 @@ class Tracker:
 
     def rewind(self, step: int) -> None:
         """Drops rows after `step`, so that a resumed run leaves no duplicates."""
-        path = self.folder / "metrics.jsonl"
-        if not self.enabled or not path.exists():
-            return
-        rows = []
-        for line in path.read_text().splitlines():
+        if self.enabled:
+            kept = [json.dumps(row) + "\n" for row in self._rows() if row["step"] <= step]
+            atomic_write_text(self.folder / "metrics.jsonl", "".join(kept))
+            self.last_step = step
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """Complete rows of `metrics.jsonl`; a line cut short by a kill is skipped."""
+        path, rows = self.folder / "metrics.jsonl", []
+        for line in path.read_text().splitlines() if path.exists() else []:
             try:
-                if json.loads(line)["step"] <= step:
-                    rows.append(line)
-            except (json.JSONDecodeError, KeyError):  # a line cut short by a kill
+                row = json.loads(line)
+            except json.JSONDecodeError:
                 continue
-        atomic_write_text(path, "".join(f"{row}\n" for row in rows))
+            if isinstance(row, dict) and "step" in row:
+                rows.append(row)
+        return rows
 
     def histograms(self, values: Mapping[str, Any], step: int) -> None:
         """Sends histograms of arrays (step sizes by quantizer) to wandb."""

@@ -168,7 +168,8 @@ def test_costs_of_foreign_configs_are_refused():
 def test_costs_print_with_units():
     space = QuantSpace.from_layers(make_layers())
     assert weight_bits(space).format(2.3149) == "2.31 bits"
-    assert bitops(space).format(3.5e8) == "0.35 GBitOps"
+    assert bitops(space).format(3.5e8) == "350 MBitOps"
+    assert bitops(space).format(1.25e9) == "1.25 GBitOps"
     assert [model_size(space).format(v) for v in (12, 180.2 * 1024, 3 * 2**20)] == ["12.0 B", "180.2 KiB", "3.0 MiB"]
 
 

@@ -130,7 +130,7 @@ class Direct(nn.Module):
 
 def test_directly_read_layers_have_macs_but_no_input():
     layers = {layer.name: layer for layer in trace_layers(Direct(), SIZE)}
-    assert list(layers)[0] == "head"  # layers that are never called come last
+    assert next(iter(layers)) == "head"  # layers that are never called come last
     assert {n: layer.calls for n, layer in layers.items()} == {"head": 1, "qkv": 0, "conv": 0, "never": 0}
     assert {n: layer.macs for n, layer in layers.items()} == {
         "head": 12,

@@ -84,7 +84,7 @@ def images(n: int, size: tuple[int, int, int], seed: int = 0) -> Tensor:
 
 
 def check_step(supernet: Supernet, size: tuple[int, int, int]) -> None:
-    """One step: finite parts and gradients; every weight and every active row is trained, no other row."""
+    """One step: finite parts and gradients; every weight and the rows of the largest subnet are trained, no idle row."""
     accelerator = Accelerator(cpu=True)
     supernet.train()
     rng = np.random.default_rng(0)
@@ -103,12 +103,11 @@ def check_step(supernet: Supernet, size: tuple[int, int, int]) -> None:
         assert weight.grad.any(), name
     for name, quantizer in supernet.quantizers():
         layer, slot = name.rsplit(".", 1)
-        active = {getattr(config[layer], slot) for config in configs}
-        rows = [quantizer.rows[fmt] for fmt in active]
+        rows = [quantizer.rows[getattr(config[layer], slot)] for config in configs]
         trained = set(quantizer.scale.grad.nonzero().flatten().tolist())
         assert trained <= set(quantizer.index[rows].flatten().tolist()), name
-        for row in rows:
-            assert trained & set(quantizer.index[row].tolist()), name
+        # an untrained 2-bit subnet may round all of a layer's input to zero, the largest one never does
+        assert trained & set(quantizer.index[rows[0]].tolist()), name
     supernet.zero_grad()
 
 

@@ -32,7 +32,7 @@ TINY = [
     "tracking=none",
     "pretrain.epochs=1",
     "train.epochs=3",
-    "train.checkpoint_steps=4",
+    "train.checkpoint_steps=3",
     "train.evaluate_epochs=0",
     "train.log_steps=1",
     "train.calibration_images=64",
@@ -212,7 +212,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("number", "after"),
-    [(signal.SIGKILL, "supernet-00000004"), (signal.SIGTERM, "pretrain-00000004")],
+    [(signal.SIGKILL, "supernet-00000003"), (signal.SIGTERM, "pretrain-00000003")],
     ids=["kill-9", "term"],
 )
 def test_a_killed_run_resumes_bit_for_bit(finished: Path, tmp_path: Path, number: signal.Signals, after: str) -> None:

@@ -104,9 +104,10 @@ class CostModel:
         return np.stack([part[index[:, group]] for group, part in self._layer_tables], 1) / self.divisor
 
     def format(self, value: float) -> str:
-        """E.g. '2.31 bits', '180.2 KiB', '0.35 GBitOps'."""
+        """E.g. '2.31 bits', '180.2 KiB', '350 MBitOps'."""
         if self.unit == "bitops":
-            return f"{value / 1e9:.3g} GBitOps"
+            power = min(int(math.log10(max(value, 1)) / 3), 4)
+            return f"{value / 1000**power:.3g} {('', 'K', 'M', 'G', 'T')[power]}BitOps"
         if self.unit == "bytes":
             power = min(int(math.log(max(value, 1), 1024)), 3)
             return f"{value / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
