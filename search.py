@@ -259,7 +259,7 @@ def pareto(
             score,
             cost,
             seed=settings.seed,
-            population=settings.search.population,
+            population=2 * settings.search.population,
             generations=settings.search.generations,
             mutation_probability=settings.search.mutation_probability,
             progress=lambda *_: advance(),
