@@ -43,6 +43,10 @@ def main() -> None:
     if arguments.resume:
         given = [a for a in arguments.settings if not a.startswith("output=")]
         run = Run.resume(settings if given else None, settings.output)
+        if (run.path / "evaluation.json").exists():
+            return console.print(
+                f"{run.path} is finished; search it with: python search.py --run {run.path} --budget 4"
+            )
         data = open_data(run)
     else:
         data = open_data(Run.unsaved(settings))
@@ -111,7 +115,6 @@ def evaluate(
         results = evaluate_uniform(evaluator, splits, accelerator, advance)
     if not accelerator.is_main_process:
         return
-    write_json(run.path / "evaluation.json", {"float": float_accuracy, "uniform": [r.to_json() for r in results]})
     console.print(uniform_table(results, "test", float_accuracy["test"]))
     picture = plot_uniform(results, "test", float_accuracy["test"], run.path / "evaluation.png")
     means = {b: float(np.mean([r.accuracy["test"] for r in results if r.bits == b])) for b in {r.bits for r in results}}
@@ -121,6 +124,7 @@ def evaluate(
     tracker.log(figures, tracker.last_step)
     tracker.table("uniform", ["form", "bits", "validation", "test"], rows)
     tracker.image("evaluation", picture)
+    write_json(run.path / "evaluation.json", {"float": float_accuracy, "uniform": [r.to_json() for r in results]})
     console.print(f"saved {run.path / 'supernet.safetensors'}, evaluation.json and {picture}")
     console.print("next: python search.py --budget 4")
 

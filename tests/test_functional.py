@@ -259,6 +259,8 @@ def test_ties_round_to_even_before_the_zero_point_as_in_onnx(zero):
         np.array([-2, -2, 0, 0, 2, 2]) + zero, 0, 15
     )  # adding an odd zero first would give -3, -1, -1, 1, ...
     assert codes.tolist() == steps.tolist() == onnx_quantize_linear(x.numpy(), 0.25, zero, 0, 15).tolist()
+    out = fake_quantize(x, torch.tensor([0.25]), torch.tensor([-0.25 * zero]), *bounds(4, False))
+    assert out.tolist() == ((steps - zero) * 0.25).tolist()
 
 
 @given(grids)

@@ -16,6 +16,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -33,7 +34,8 @@ TINY = [
     "pretrain.epochs=1",
     "train.epochs=3",
     "train.checkpoint_steps=3",
-    "train.evaluate_epochs=0",
+    "train.evaluate_epochs=1",
+    "train.evaluate_bits=[2]",
     "train.log_steps=1",
     "train.calibration_images=64",
     "data.max_images=300",
@@ -259,6 +261,14 @@ def test_a_damaged_checkpoint_is_passed_over(finished: Path, tmp_path: Path) -> 
     assert all(torch.equal(whole[k], continued[k]) for k in whole)
 
 
+def test_resuming_a_finished_run_changes_nothing(finished: Path) -> None:
+    before = {p: p.read_bytes() for p in finished.iterdir() if p.is_file()}
+    done = train(finished, "--resume")
+    assert done.returncode == 0
+    assert "is finished" in done.stdout
+    assert {p: p.read_bytes() for p in finished.iterdir() if p.is_file()} == before
+
+
 def test_a_finished_run_logs_every_part(finished: Path) -> None:
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == sorted(r["step"] for r in rows)
@@ -323,6 +333,15 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
     assert configs[0] == configs[1] == torch.load(tmp_path / "configs-1-0.pt", weights_only=True)
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate keeps one precision per process."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_the_cifar_resnets_train_in_bfloat16() -> None:
     model = timm.create_model("cifar_resnet20", in_chans=1, width=4)
     supernet = Supernet.from_model(model, (1, 8, 8), bits=[2, 8])

@@ -208,20 +208,16 @@ class Supernet(nn.Module):
         for layer in self._layers.values():
             layer.weight_quantizer.calibrate(layer.float_weight)
         self.set_config(self.space.largest())
-        saved = copy.deepcopy([m.state_dict() for m in self.modules() if isinstance(m, BATCH_NORM_TYPES)])
         inputs = [layer.act_quantizer for layer in self._layers.values() if layer.act_quantizer is not None]
         for quantizer in inputs:
             quantizer.observing = True
         try:
-            with _batch_norm_training(self):
+            with kept_batch_norm(self), _batch_norm_training(self):
                 self(images)
         finally:
             for quantizer in inputs:
                 quantizer.observing = False
                 quantizer._observed.clear()
-            batch_norms = [m for m in self.modules() if isinstance(m, BATCH_NORM_TYPES)]
-            for module, state in zip(batch_norms, saved, strict=True):
-                module.load_state_dict(state)
             self.set_config(before)
 
     @property
@@ -254,6 +250,18 @@ class Supernet(nn.Module):
             if isinstance(module, ElasticLayer):
                 make_quantized(module)
         return subnet.eval()
+
+
+@contextmanager
+def kept_batch_norm(model: nn.Module) -> Iterator[None]:
+    """Puts the BN statistics of `model` back as they were, whatever happens to them inside."""
+    modules = [m for m in model.modules() if isinstance(m, BATCH_NORM_TYPES)]
+    saved = copy.deepcopy([m.state_dict() for m in modules])
+    try:
+        yield
+    finally:
+        for module, state in zip(modules, saved, strict=True):
+            module.load_state_dict(state)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from eqnet.checkpoint import load_float_weights, save_tensors
 from eqnet.command import Interrupted
 from eqnet.data import Batches, DataSplits, calibration_batches
-from eqnet.nn.supernet import Supernet
+from eqnet.nn.supernet import Supernet, kept_batch_norm
 from eqnet.run import Checkpoint, Run, create_float_model
 from eqnet.settings import Settings
 from eqnet.space import QuantConfig, SandwichSampler
@@ -116,7 +116,7 @@ class Trainer:
         s = self.settings
         model = create_float_model(s.model, self.data.num_classes, self.data.input_size[0], weights=not done)
         stored = self.run.path / "float.safetensors"
-        if stored.exists():
+        if stored.exists() and resume is None:
             load_float_weights(model, stored)
             return model.to(self.accelerator.device)
         trained = s.model.pretrained or s.model.weights is not None
@@ -217,7 +217,7 @@ class Trainer:
                     f"{resume.path} belongs to another model or space: {str(error).splitlines()[0]}"
                 ) from error
             step = resume.step
-            self.tracker.rewind(offset + step)
+        self.tracker.rewind(offset + step)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         model.train()
         with self._bar(name, total, step) as advance:
@@ -243,6 +243,11 @@ class Trainer:
                     if step % t.log_steps == 0 or step == total:
                         self._log(name, parts, optimizer, offset + step, supernet)
                     advance(parts)
+                    # before the checkpoint, so that a resumed run neither misses nor repeats an evaluation
+                    due = t.evaluate_epochs and step % (t.evaluate_epochs * per_epoch) == 0 and step < total
+                    if supernet is not None and due:
+                        self._evaluate(supernet if ema is None else ema.module, offset + step)
+                        model.train()
                     if self._stopping(step):
                         self.run.save_checkpoint(self.accelerator, name, step)
                         raise Interrupted(
@@ -250,13 +255,12 @@ class Trainer:
                         )
                     if step % t.checkpoint_steps == 0 and step < total:
                         self.run.save_checkpoint(self.accelerator, name, step)
-                due = supernet is not None and t.evaluate_epochs and (epoch + 1) % t.evaluate_epochs == 0
-                if due and step < total:
-                    bare = supernet if ema is None else ema.module
-                    assert bare is not None
-                    self.tracker.log(self.evaluate(bare, offset + step), offset + step)
-                    model.train()
         self.run.save_checkpoint(self.accelerator, name, step)
+
+    def _evaluate(self, supernet: nn.Module, step: int) -> None:
+        """Logs the chosen few; leaves configs and BN statistics as they were."""
+        with kept_batch_norm(supernet):
+            self.tracker.log(self.evaluate(supernet, step), step)
 
     def _float_steps(self) -> int:
         """Optimizer steps of the float phase, so that steps in the log run on."""
