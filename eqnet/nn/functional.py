@@ -143,7 +143,7 @@ def choose_qparams(x: Tensor, bits: Tensor, symmetric: Tensor, signed: bool) -> 
     sym = symmetric.to(x.device).view(-1, 1)
     peak = torch.maximum(-low, high) * (2 if signed else 1)
     span = torch.where(sym, peak, high - low)  # [R, C]
-    floor = torch.full_like(span, 1e-6)
+    floor = torch.where(span > 0, SCALE_EPS, 1e-4)  # an all-zero channel gets a step that lets it move
     full_scale, full_offset = (span / (levels - 1)).maximum(floor), torch.where(sym, 0.0, low)
     best = torch.full_like(span, torch.inf)
     scale, offset = full_scale.clone(), torch.zeros_like(span)
