@@ -41,6 +41,7 @@ class DataSettings(_Section):
     test_fraction: float = Field(0.2, gt=0, lt=1)
     max_images: int | None = Field(None, ge=1)
     batch_size: int = Field(128, ge=1)  # of all processes together
+    evaluation_batch_size: int = Field(256, ge=1)  # of each process; small ones that fit the cache are faster on CPU
     workers: int = Field(0, ge=0)
     input_size: list[int] | None = None  # [C, H, W]
     mean: list[float] | None = None

@@ -61,7 +61,7 @@ class Evaluator:
     @staticmethod
     def from_data(supernet: Supernet, data: DataSplits, settings: Settings, device: torch.device) -> Evaluator:
         """The evaluator of a run: its validation and test images, BN recalibrated as its settings say."""
-        s, size = settings.search, max(settings.data.batch_size, 256)
+        s, size = settings.search, settings.data.evaluation_batch_size
 
         def labelled(split: Data, limit: int | None) -> LabelledBatches:
             kept = split if limit is None else random_subset(split, limit, settings.seed)
@@ -187,7 +187,7 @@ def build_table(
             f"{folder} holds a table measured otherwise (seed, space or images); move it away to build a new one."
         )
     genomes = table_genomes(space, size, seed)
-    known = dict(_read_rows(folder))
+    known = dict(read_rows(folder))
     for _ in range(sum(i < size for i in known)):
         if advance is not None and accelerator.is_main_process:
             advance()
@@ -203,11 +203,11 @@ def build_table(
             if advance is not None:
                 advance()
     accelerator.wait_for_everyone()
-    rows = dict(_read_rows(folder))
+    rows = dict(read_rows(folder))
     return AccuracyTable(genomes, np.array([rows[i] for i in range(size)]))
 
 
-def _read_rows(folder: Path) -> Iterator[tuple[int, float]]:
+def read_rows(folder: Path) -> Iterator[tuple[int, float]]:
     """Complete rows of all shards; a line cut short by a kill is skipped and measured again."""
     for path in sorted(folder.glob("rows-*.jsonl")):
         for line in path.read_text().splitlines():
