@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ from rich.console import Console
 
 from eqnet.checkpoint import read_json, save_tensors, write_json
 from eqnet.command import make_console, progress_bar, run_command, start_cpu_processes
-from eqnet.report import plot_bits, plot_front, plot_predictor, winner_table, write_front
+from eqnet.report import comparison_table, plot_bits, plot_front, plot_predictor, write_front
 from eqnet.run import Run, open_data, versions
 from eqnet.scoring.evaluation import AccuracyTable, Evaluator, build_table, uniform_configs
 from eqnet.scoring.predictor import AccuracyPredictor
-from eqnet.search import genetic_search, pareto_search
+from eqnet.search import measured_search, pareto_search
 from eqnet.settings import Settings, load_settings
 from eqnet.space import ALL_FORMS, COSTS, BoundBudget, Budget, Form, Genomes, QuantConfig, QuantSpace
 from eqnet.tracking import Tracker
@@ -67,7 +66,7 @@ def main() -> None:
         with progress_bar(console, "accuracy table", -(-rows // accelerator.num_processes)) as advance:
             table = build_table(evaluator, folder, rows, settings.seed, accelerator, advance)
         predictor = fit_predictor(run, settings, supernet.space, table, accelerator, tracker, console)
-        search(arguments, run, settings, space, bound, evaluator, predictor, accelerator, tracker, console)
+        search(arguments, run, settings, bound, table, predictor, evaluator, accelerator, tracker, console)
     finally:
         tracker.close()
     return None
@@ -141,118 +140,59 @@ def search(
     arguments: argparse.Namespace,
     run: Run,
     settings: Settings,
-    space: QuantSpace,
     bound: BoundBudget,
-    evaluator: Evaluator,
+    table: AccuracyTable,
     predictor: AccuracyPredictor,
+    evaluator: Evaluator,
     accelerator: Accelerator,
     tracker: Tracker,
     console: Console,
 ) -> None:
-    """Genetic search, re-ranking of the best by measured accuracy, comparison with uniform configs, files."""
-    s = settings.search
-
-    def score(genomes: Genomes) -> NDArray[np.float64]:
-        return predictor.score(genomes, space)
-
-    with progress_bar(console, "genetic search", s.generations) as advance:
-        result = genetic_search(
-            space,
-            score,
-            bound,
-            seed=settings.seed,
-            population=s.population,
-            generations=s.generations,
-            mutation_probability=s.mutation_probability,
-            top_k=s.top_k,
-            progress=lambda *_: advance(),
-        )
-    uniform = [c for _, _, c in uniform_configs(space) if bound.feasible(space.encode_all([c]))[0]]
-    finalists = [*map(space.decode, result.genomes), *uniform]
-    predicted = score(space.encode_all(finalists))
-    with progress_bar(
-        console, f"measuring the best {len(result.genomes)} and {len(uniform)} uniform", len(finalists)
-    ) as advance:
-        measured = evaluator.measure_all(finalists, ["validation"], accelerator, advance)[:, 0]
-    # a uniform config is a point of the space too: the winner is never measured worse than one within the budget
-    order = sorted(range(len(finalists)), key=lambda i: (-measured[i], -predicted[i], i))
-    best_uniform = next((i for i in order if i >= len(result.genomes)), None)
-    chosen = [order[0]] if best_uniform is None else [order[0], best_uniform]
-    tests = evaluator.measure_all([finalists[i] for i in chosen], ["test"], accelerator)[:, 0]
-    found = [
-        describe(finalists[i], space, float(predicted[i]), float(measured[i]), float(test))
-        for i, test in zip(chosen, tests, strict=True)
-    ]
+    """Searches, measures the best on the test split once, beside the best uniform config, and writes the files."""
+    s, space, budget = settings.search, bound.space, str(Budget.parse(arguments.budget))
+    with progress_bar(console, "search and measurement", s.rounds * s.generations) as advance:
+        found = measured_search(space, bound, table, predictor, evaluator, s, settings.seed, accelerator, advance)
+    rivals = [found.searched[0], *found.uniform[:1]]
+    tests = evaluator.measure_all([c.config for c in rivals], ["test"], accelerator)[:, 0]
     if not accelerator.is_main_process:
         return
-    winner = finalists[order[0]]
-    folder = new_folder(run.path / "search", str(Budget.parse(arguments.budget)), arguments)
-    document = {
-        "budget": str(Budget.parse(arguments.budget)),
-        "seed": settings.seed,
-        "versions": versions(),
-        **found[0],
-        "best_uniform_within_budget": found[1] if len(found) > 1 else None,
-    }
-    evaluator.supernet.set_config(winner)
+    searched, *uniform = (c.to_json(space, float(test)) for c, test in zip(rivals, tests, strict=True))
+    best, won = found.best, searched if found.best is rivals[0] else uniform[0]
+    console.print(comparison_table([searched, *uniform], space))
+    if won is not searched:
+        console.print("a uniform config was measured best on the validation split; it is the result")
+    folder = run.new_search_folder(budget, arguments.form)
+    evaluator.supernet.set_config(best.config)
     evaluator.supernet.recalibrate_bn(evaluator.bn_batches)
     save_tensors(folder / "subnet.safetensors", evaluator.supernet.extract().state_dict())
-    write_json(folder / "subnet.json", document)
-    console.print(winner_table(found, space))
-    if order[0] == best_uniform:
-        console.print("the winner is a uniform config: no searched one was measured better on the validation split")
-    tracker.image("search/bits", plot_bits(winner, space, folder / "bits.png"))
-    figures = {f"search/{name}": value for name, value in found[0]["accuracy"].items()}
-    tracker.log(figures | {f"search/{name}": value for name, value in found[0]["cost"].items()}, tracker.last_step)
-    tracker.table("search/winner", ["layer", "weight bits", "activation bits"], bit_rows(winner))
+    rival = uniform[0] if uniform else None
+    header = {"budget": budget, "seed": settings.seed, "versions": versions()}
+    write_json(folder / "subnet.json", {**header, **won, "best_searched": searched, "best_uniform": rival})
+    tracker.image("search/bits", plot_bits(best.config, space, folder / "bits.png"))
+    tracker.log({f"search/{name}": value for name, value in (won["accuracy"] | won["cost"]).items()}, tracker.last_step)
+    bits = [[name, c.weight.bits, "float" if c.act is None else c.act.bits] for name, c in best.config.items()]
+    tracker.table("search/subnet", ["layer", "weight bits", "activation bits"], bits)
     if arguments.pareto:
-        pareto(folder, space, bound, score, found[0], settings, tracker, console)
+        pareto(folder, bound, predictor, won, settings, tracker, console)
     console.print(f"saved {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
-
-
-def describe(
-    config: QuantConfig, space: QuantSpace, predicted: float, validation: float, test: float
-) -> dict[str, Any]:
-    """What `subnet.json` says about a config."""
-    genomes = space.encode_all([config])
-    return {
-        "form": space.form_name(config),
-        "cost": {name: float(build(space)(genomes)[0]) for name, build in COSTS.items()},
-        "accuracy": {"predicted": predicted, "validation": validation, "test": test},
-        "layers": config.to_json(),
-    }
-
-
-def bit_rows(config: QuantConfig) -> list[list[Any]]:
-    """One row per layer: name, weight bits, activation bits."""
-    return [[name, c.weight.bits, "float" if c.act is None else c.act.bits] for name, c in config.items()]
-
-
-def new_folder(parent: Path, budget: str, arguments: argparse.Namespace) -> Path:
-    """A folder of its own for each search; earlier results stay."""
-    stem = budget.replace("=", "").replace(",", "-") + (f"-{arguments.form}" if arguments.form else "")
-    for suffix in ["", *(f"-{i}" for i in range(2, 10_000))]:
-        folder = parent / f"{stem}{suffix}"
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
-    raise ValueError(f"{parent} holds ten thousand searches; clear it.")
 
 
 def pareto(
     folder: Path,
-    space: QuantSpace,
     bound: BoundBudget,
-    score: Callable[[Genomes], NDArray[np.float64]],
-    winner: dict[str, Any],
+    predictor: AccuracyPredictor,
+    chosen: dict[str, Any],
     settings: Settings,
     tracker: Tracker,
     console: Console,
 ) -> None:
     """The NSGA-II front between predicted accuracy and the budget's cost (BitOps if it limits several)."""
+    space = bound.space
     cost = bound.costs[0] if len(bound.costs) == 1 else COSTS["bitops"](space)
+
+    def score(genomes: Genomes) -> NDArray[np.float64]:
+        return predictor.score(genomes, space)
+
     with progress_bar(console, "Pareto front", settings.search.generations) as advance:
         front = pareto_search(
             space,
@@ -266,14 +206,11 @@ def pareto(
         )
     write_front(front.genomes, front.scores, space, folder / "pareto.csv")
     uniform = space.encode_all([c for _, _, c in uniform_configs(space)])
-    unit, label = {"bits": (1, "mean bits"), "bytes": (2**10, "model size [KiB]"), "bitops": (1e9, "GBitOps")}[
-        cost.unit
-    ]
     picture = plot_front(
-        {"cost": front.costs / unit, "accuracy": front.scores},
-        {"cost": cost(uniform) / unit, "accuracy": score(uniform)},
-        (winner["cost"][cost.name] / unit, winner["accuracy"]["predicted"]),
-        label,
+        (front.costs, front.scores),
+        (cost(uniform), score(uniform)),
+        (chosen["cost"][cost.name], chosen["accuracy"]["predicted"]),
+        cost,
         folder / "pareto.png",
     )
     tracker.image("search/pareto", picture)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from eqnet.checkpoint import atomic_write_text
 from eqnet.scoring.evaluation import UniformAccuracy
-from eqnet.space import COSTS, Genomes, QuantConfig, QuantSpace
+from eqnet.space import COSTS, CostModel, Genomes, QuantConfig, QuantSpace
 
 WEIGHT_COLOR, ACT_COLOR, UNIFORM_COLOR, CHOSEN_COLOR = "#1f5fa8", "#e08a1e", "#7a7a7a", "#c0392b"
 
@@ -61,7 +61,7 @@ def uniform_table(results: Sequence[UniformAccuracy], split: str, float_accuracy
     return table
 
 
-def winner_table(found: Sequence[Mapping[str, Any]], space: QuantSpace) -> Table:
+def comparison_table(found: Sequence[Mapping[str, Any]], space: QuantSpace) -> Table:
     """The searched config beside the best uniform one within the budget: accuracies in percent and every cost."""
     table = Table(title="the searched subnet and the best uniform config within the budget", title_justify="left")
     table.add_column("")
@@ -113,27 +113,25 @@ def plot_uniform(results: Sequence[UniformAccuracy], split: str, float_accuracy:
     return _save(figure, path)
 
 
-def plot_front(
-    front: Mapping[str, NDArray[Any]],
-    uniform: Mapping[str, NDArray[Any]],
-    chosen: tuple[float, float] | None,
-    cost_label: str,
-    path: Path,
-) -> Path:
+Points = tuple[NDArray[Any], NDArray[Any]]
+_AXES = {"bits": (1.0, "mean bits"), "bytes": (1024.0, "model size [KiB]"), "bitops": (1e6, "MBitOps")}
+
+
+def plot_front(front: Points, uniform: Points, chosen: tuple[float, float], cost: CostModel, path: Path) -> Path:
     """Predicted accuracy against cost: the front, the uniform configs, the chosen one.
 
     Args:
-        front, uniform: arrays "cost" and "accuracy".
-        chosen: (cost, accuracy) of the winner; None leaves it out.
-        cost_label: axis label with unit.
+        front, uniform: (costs, predicted accuracies in percent).
+        chosen: the same of the result.
+        cost: names the axis.
         path: of the picture.
     """
+    unit, label = _AXES[cost.unit]
     figure, axis = _figure()
-    axis.plot(front["cost"], front["accuracy"], "-o", ms=3, color=WEIGHT_COLOR, label="Pareto front (predicted)")
-    axis.plot(uniform["cost"], uniform["accuracy"], "x", color=UNIFORM_COLOR, label="uniform configs (predicted)")
-    if chosen is not None:
-        axis.plot([chosen[0]], [chosen[1]], "*", ms=14, color=CHOSEN_COLOR, label="chosen (predicted)")
-    axis.set_xlabel(cost_label)
+    axis.plot(front[0] / unit, front[1], "-o", ms=3, color=WEIGHT_COLOR, label="Pareto front (predicted)")
+    axis.plot(uniform[0] / unit, uniform[1], "x", color=UNIFORM_COLOR, label="uniform configs (predicted)")
+    axis.plot([chosen[0] / unit], [chosen[1]], "*", ms=14, color=CHOSEN_COLOR, label="chosen (predicted)")
+    axis.set_xlabel(label)
     axis.set_ylabel("predicted validation accuracy [%]")
     axis.legend(fontsize=8, loc="lower right")
     return _save(figure, path)

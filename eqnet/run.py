@@ -139,6 +139,18 @@ class Run:
                 )
         return run
 
+    def new_search_folder(self, budget: str, form: str | None) -> Path:
+        """A new folder below `search/`; earlier results stay."""
+        stem = budget.replace("=", "").replace(",", "-") + (f"-{form}" if form else "")
+        for number in range(1, 10_000):
+            folder = self.path / "search" / (stem if number == 1 else f"{stem}-{number}")
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            return folder
+        raise ValueError(f"{self.path / 'search'} holds ten thousand searches for {budget}; clear it.")
+
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, accelerator: Accelerator, phase: str, step: int) -> None:

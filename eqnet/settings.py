@@ -124,7 +124,10 @@ class SearchSettings(_Section):
     generations: int = Field(100, ge=1)
     mutation_probability: float = Field(0.1, gt=0, le=1)
     band: float | None = Field(None, gt=0)  # paper: 0.5, mean bits must lie in (budget - band, budget]
-    top_k: int = Field(10, ge=1)  # winners re-ranked by measured validation accuracy
+    rounds: int = Field(
+        3, ge=1
+    )  # each searches, measures its winners on validation, and lets the next predictor learn them
+    top_k: int = Field(10, ge=1)  # winners measured in each round
 
 
 class Settings(_Section):

@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,16 @@ def rows(folder: Path) -> list[dict[str, float]]:
 
 
 def records(path: Path) -> list[Record]:
-    """All records of a .wandb file."""
+    """All records of a .wandb file; wandb's service completes it a moment after the run is closed."""
+    deadline = time.monotonic() + 60
+    while not (found := complete_records(path)) or not found[-1].HasField("exit"):
+        assert time.monotonic() < deadline, f"{path} has no end"
+        time.sleep(0.05)
+    return found
+
+
+def complete_records(path: Path) -> list[Record]:
+    """The records that are in a .wandb file now."""
     data, found, parts = path.read_bytes(), [], []
     assert data.startswith(HEADER)
     position = 7  # after magic and version
@@ -50,6 +60,8 @@ def records(path: Path) -> list[Record]:
             continue
         _, length, kind = struct.unpack_from("<IHB", data, position)
         assert kind in (1, 2, 3, 4)  # whole, first, middle, last
+        if position + 7 + length > len(data):
+            break
         parts.append(data[position + 7 : position + 7 + length])
         position += 7 + length
         if kind in (1, 4):
@@ -142,6 +154,7 @@ def test_a_process_that_is_not_the_main_one_writes_nothing(tmp_path: Path, backe
 def test_without_wandb_it_is_not_even_imported(tmp_path: Path) -> None:
     script = """
 import sys
+import time
 from pathlib import Path
 from eqnet.tracking import Tracker
 tracker = Tracker(Path(sys.argv[1]), "none", "eqnet", {})
