@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_intermixed_args()
-    console = Console(width=120, highlight=False)
+    console = Console(width=150, highlight=False)
     floats: list[float] = []
     elastic: dict[str, dict[int, list[float]]] = {}
     static: dict[str, dict[int, list[float]]] = {name: {b: [] for b in STATIC_BITS} for name in STATIC_FORMS}
@@ -70,15 +70,15 @@ def main() -> None:
         console.print(f"seed {seed} done: float {floats[-1]:.2f}")
     bits = sorted(next(iter(elastic.values())))
     table = Table(title=f"test accuracy [%], {arguments.seeds} seeds; float {statistics(floats)}", title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for b in bits:
-        table.add_column(f"{b} bit", justify="right")
+        table.add_column(f"{b} bit", justify="right", no_wrap=True)
     mean = {b: list(np.mean([elastic[f][b] for f in elastic], axis=0)) for b in bits}
-    table.add_row("elastic, mean over 8 forms", *(statistics(mean[b]) for b in bits))
+    table.add_row(f"elastic, mean over {len(elastic)} forms", *(statistics(mean[b]) for b in bits))
     for name, (form, _) in STATIC_FORMS.items():
         table.add_row(f"elastic, {form}", *(statistics(elastic[form][b]) for b in bits))
         table.add_row(
-            f"static {name}, {form}", *(statistics(static[name][b]) if b in STATIC_BITS else "" for b in bits)
+            f"static, {form} ({name})", *(statistics(static[name][b]) if b in STATIC_BITS else "" for b in bits)
         )
     pooled = {
         b: [float(np.mean([static[n][b][i] for n in static])) for i in range(arguments.seeds)] for b in STATIC_BITS

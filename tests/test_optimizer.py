@@ -159,11 +159,13 @@ def test_stored_state_continues_the_same_trajectory():
 
 def test_groups_hold_every_trained_parameter_once_and_decay_only_matrices(cnn):
     supernet = Supernet.from_model(cnn, (3, 8, 8), bits=[2, 8], symmetric=[True])
-    groups = parameter_groups(supernet, supernet.step_size_parameters(), lr=0.1, step_size_lr=0.02, weight_decay=0.3)
+    groups = parameter_groups(
+        supernet, supernet.step_sizes(), supernet.offsets(), lr=0.1, step_size_lr=0.02, weight_decay=0.3
+    )
     held = [p for g in groups for p in g["params"]]
     assert len({id(p) for p in held}) == len(held)
     assert {id(p) for p in held} == {id(p) for p in supernet.parameters() if p.requires_grad}
-    tables = {id(p) for p in supernet.step_size_parameters()}
+    tables = {id(p) for p in [*supernet.step_sizes(), *supernet.offsets()]}
     for group in groups:
         assert group["peak_lr"] == group["lr"]
         is_table = {id(p) in tables for p in group["params"]}
@@ -174,7 +176,7 @@ def test_groups_hold_every_trained_parameter_once_and_decay_only_matrices(cnn):
 
 
 def test_float_models_have_no_table_group(cnn):
-    groups = parameter_groups(cnn, [], lr=0.1, step_size_lr=0.02, weight_decay=0.0)
+    groups = parameter_groups(cnn, [], [], lr=0.1, step_size_lr=0.02, weight_decay=0.0)
     assert not any(g.get("per_entry") for g in groups)
     assert all(g["params"] for g in groups)
 
@@ -199,3 +201,19 @@ def test_warm_up_is_linear_and_joins_the_cosine():
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert factors[60] == pytest.approx(0.5)
     assert factors[35] == pytest.approx(0.5 + math.sqrt(0.125))
+
+
+def test_step_sizes_stay_positive_and_change_by_a_tenth_at_most():
+    start = torch.tensor([1e-4, 2e-3, 0.5])
+    for sign in (1.0, -1.0):
+        table = nn.Parameter(start.clone())
+        optimizer = SupernetAdamW([{"params": [table], "per_entry": True, "positive": True, "lr": 1e-2}])
+        before = table.detach().clone()
+        for _ in range(50):
+            table.grad = torch.full_like(table, sign)
+            optimizer.step()
+            change = (table.detach() / before - 1).abs()
+            assert (table > 0).all()
+            assert change.max() <= 0.1 + 1e-6
+            before = table.detach().clone()
+        assert ((start - before) * sign > 0).all()  # each entry went where its gradient pointed

@@ -227,7 +227,7 @@ def test_tables_of_resnet18_have_the_entries_of_the_paper():
     with torch.device("meta"):
         model = timm.create_model("resnet18")
     supernet = Supernet.from_model(model, (3, 224, 224), fixed="none")
-    assert sum(p.numel() for p in supernet.step_size_parameters()) == 122_682
+    assert sum(p.numel() for p in [*supernet.step_sizes(), *supernet.offsets()]) == 122_682
     for name, quantizer in supernet.quantizers():
         assert len(quantizer.formats) == (28 if name.endswith("weight") else 14)
 
@@ -236,7 +236,7 @@ def test_step_size_parameters_are_all_that_is_added(cnn):
     before = {id(p) for p in cnn.parameters()}
     supernet = Supernet.from_model(cnn, SIZE)
     added = {id(p) for p in supernet.parameters() if p.requires_grad} - before
-    assert added == {id(p) for p in supernet.step_size_parameters()}
+    assert added == {id(p) for p in [*supernet.step_sizes(), *supernet.offsets()]}
 
 
 def test_what_stays_in_float_is_listed():

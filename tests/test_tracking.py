@@ -52,7 +52,7 @@ def records(path: Path) -> list[Record]:
 def complete_records(path: Path) -> list[Record]:
     """The records that are in a .wandb file now."""
     data, found, parts = path.read_bytes(), [], []
-    assert data.startswith(HEADER)
+    assert HEADER.startswith(data[:4])  # it may be empty at first
     position = 7  # after magic and version
     while position + 7 <= len(data):
         if BLOCK - position % BLOCK < 7:  # padding at the end of a block

@@ -169,9 +169,13 @@ class Supernet(nn.Module):
             if layer.act_quantizer is not None:
                 yield f"{name}.act", layer.act_quantizer
 
-    def step_size_parameters(self) -> list[nn.Parameter]:
-        """All tables of step sizes and offsets, for an optimizer group of their own."""
-        return [p for _, q in self.quantizers() for p in (q.scale, q.offset) if p.requires_grad]
+    def step_sizes(self) -> list[nn.Parameter]:
+        """The tables of step sizes of all quantizers; every entry is positive."""
+        return [q.scale for _, q in self.quantizers()]
+
+    def offsets(self) -> list[nn.Parameter]:
+        """The tables of offsets of all quantizers that have asymmetric formats."""
+        return [q.offset for _, q in self.quantizers() if q.offset.requires_grad]
 
     def latent_weights(self) -> dict[str, nn.Parameter]:
         """The trained weights of the elastic layers by name, in order of execution."""

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from eqnet.checkpoint import load_float_weights, save_tensors
 from eqnet.command import Interrupted
 from eqnet.data import Batches, DataSplits, calibration_batches
+from eqnet.nn.functional import SCALE_EPS
 from eqnet.nn.supernet import Supernet, kept_batch_norm
 from eqnet.run import Checkpoint, Run, create_float_model
 from eqnet.settings import Settings
@@ -132,7 +133,9 @@ class Trainer:
                 self.accelerator.backward(loss)
                 return {"task": loss.detach()}
 
-            groups = parameter_groups(model, [], lr=s.pretrain.lr, step_size_lr=0.0, weight_decay=s.train.weight_decay)
+            groups = parameter_groups(
+                model, [], [], lr=s.pretrain.lr, step_size_lr=0.0, weight_decay=s.train.weight_decay
+            )
             prepared, optimizer = self.accelerator.prepare(model, SupernetAdamW(groups))
             self._phase("pretrain", prepared, optimizer, s.pretrain.epochs, compute, resume, warmup_epochs=1.0)
             model = self.accelerator.unwrap_model(prepared)
@@ -158,7 +161,12 @@ class Trainer:
             supernet.calibrate(images)
         ema = None if t.ema_decay is None else ModelEmaV3(supernet, decay=t.ema_decay)
         groups = parameter_groups(
-            supernet, supernet.step_size_parameters(), lr=t.lr, step_size_lr=t.step_size_lr, weight_decay=t.weight_decay
+            supernet,
+            supernet.step_sizes(),
+            supernet.offsets(),
+            lr=t.lr,
+            step_size_lr=t.step_size_lr,
+            weight_decay=t.weight_decay,
         )
         wrapped: nn.Module = supernet
         if t.sync_bn and self.world > 1 and self.accelerator.device.type == "cuda":
@@ -289,7 +297,10 @@ class Trainer:
             and step % (10 * self.settings.train.log_steps) == 0
             and self.accelerator.is_main_process
         ):
-            scales = {f"step_size/{n}": q.scale.detach().log2().float().cpu().numpy() for n, q in supernet.quantizers()}
+            scales = {
+                f"step_size/{n}": q.scale.detach().clamp_min(SCALE_EPS).log2().float().cpu().numpy()
+                for n, q in supernet.quantizers()
+            }
             self.tracker.histograms(scales, step)
 
     @contextmanager

@@ -15,11 +15,15 @@ import torch
 from torch import Tensor, nn
 
 
+MAX_RELATIVE_CHANGE = 0.1  # of a step size in one update
+
+
 class SupernetAdamW(torch.optim.AdamW):
     """AdamW whose groups with `per_entry=True` update only entries with a non-zero gradient, without weight decay.
 
     Args:
-        params: parameter groups; `per_entry` marks groups of step-size tables.
+        params: parameter groups; `per_entry` marks groups of step-size tables, `positive` those whose entries are positive
+            and stay so: an update changes them by a tenth at most.
         lr: learning rate of groups that do not set their own.
     """
 
@@ -27,6 +31,7 @@ class SupernetAdamW(torch.optim.AdamW):
         super().__init__(params, lr=lr, weight_decay=weight_decay)
         for group in self.param_groups:
             group.setdefault("per_entry", False)
+            group.setdefault("positive", False)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -64,24 +69,37 @@ class SupernetAdamW(torch.optim.AdamW):
         torch._foreach_add_(denominator, group["eps"])
         update = torch._foreach_div(torch._foreach_div(first, correction1), denominator)
         torch._foreach_mul_(update, touched)
-        torch._foreach_add_(tables, update, alpha=-group["lr"])
+        torch._foreach_mul_(update, -group["lr"])
+        if group["positive"]:
+            # an update of Adam is about a learning rate long, which may be more than a whole 8-bit step size
+            limits = torch._foreach_mul(tables, MAX_RELATIVE_CHANGE)
+            update = torch._foreach_maximum(torch._foreach_minimum(update, limits), torch._foreach_neg(limits))
+        torch._foreach_add_(tables, update)
 
 
 def parameter_groups(
-    model: nn.Module, step_sizes: list[nn.Parameter], *, lr: float, step_size_lr: float, weight_decay: float
+    model: nn.Module,
+    step_sizes: list[nn.Parameter],
+    offsets: list[nn.Parameter],
+    *,
+    lr: float,
+    step_size_lr: float,
+    weight_decay: float,
 ) -> list[dict[str, Any]]:
     """Groups for `SupernetAdamW`: weights, then biases and norms without decay, then step-size tables.
 
     Args:
         model: the network; parameters with one dimension get no weight decay.
-        step_sizes: tables with `step_size_lr`, no decay, updated per entry; may be empty (float training).
+        step_sizes: positive tables with `step_size_lr`, no decay, updated per entry; empty in float training.
+        offsets: tables of any sign, otherwise the same.
     """
-    tables = {id(p) for p in step_sizes}
+    tables = {id(p) for p in (*step_sizes, *offsets)}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in tables]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
         {"params": [p for p in rest if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
-        {"params": step_sizes, "lr": step_size_lr, "weight_decay": 0.0, "per_entry": True},
+        {"params": step_sizes, "lr": step_size_lr, "weight_decay": 0.0, "per_entry": True, "positive": True},
+        {"params": offsets, "lr": step_size_lr, "weight_decay": 0.0, "per_entry": True},
     ]
     for group in groups:
         group["peak_lr"] = group["lr"]
