@@ -152,22 +152,23 @@ def search(
     s, space, budget = settings.search, bound.space, str(Budget.parse(arguments.budget))
     with progress_bar(console, "search and measurement", s.rounds * s.generations) as advance:
         found = measured_search(space, bound, table, predictor, evaluator, s, settings.seed, accelerator, advance)
-    rivals = [found.searched[0], *found.uniform[:1]]
+    rivals = [*found.searched[:1], *found.uniform[:1]]
     tests = evaluator.measure_all([c.config for c in rivals], ["test"], accelerator)[:, 0]
     if not accelerator.is_main_process:
         return
-    searched, *uniform = (c.to_json(space, float(test)) for c, test in zip(rivals, tests, strict=True))
-    best, won = found.best, searched if found.best is rivals[0] else uniform[0]
-    console.print(comparison_table([searched, *uniform], space))
+    rows = [c.to_json(space, float(test)) for c, test in zip(rivals, tests, strict=True)]
+    searched, uniform = (rows[0] if found.searched else None), (rows[-1] if found.uniform else None)
+    best = found.best
+    won = rows[rivals.index(best)]
+    console.print(comparison_table({"searched": searched, "uniform": uniform}, space))
     if won is not searched:
         console.print("a uniform config was measured best on the validation split; it is the result")
     folder = run.new_search_folder(budget, arguments.form)
     evaluator.supernet.set_config(best.config)
     evaluator.supernet.recalibrate_bn(evaluator.bn_batches)
     save_tensors(folder / "subnet.safetensors", evaluator.supernet.extract().state_dict())
-    rival = uniform[0] if uniform else None
     header = {"budget": budget, "seed": settings.seed, "versions": versions()}
-    write_json(folder / "subnet.json", {**header, **won, "best_searched": searched, "best_uniform": rival})
+    write_json(folder / "subnet.json", {**header, **won, "best_searched": searched, "best_uniform": uniform})
     tracker.image("search/bits", plot_bits(best.config, space, folder / "bits.png"))
     tracker.log({f"search/{name}": value for name, value in (won["accuracy"] | won["cost"]).items()}, tracker.last_step)
     bits = [[name, c.weight.bits, "float" if c.act is None else c.act.bits] for name, c in best.config.items()]

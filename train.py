@@ -37,19 +37,18 @@ def main() -> None:
     """Opens or makes the run, trains what is left of it, evaluates and saves."""
     arguments = parse_arguments()
     settings = load_settings(arguments.settings)
+    run = Run.resume(arguments.settings, settings.output) if arguments.resume else Run.unsaved(settings)
     start_cpu_processes()
-    accelerator = make_accelerator(settings)
+    accelerator = make_accelerator(run.settings)
     console = make_console()
+    with accelerator.main_process_first():  # one process downloads
+        data = open_data(run)
     if arguments.resume:
-        given = [a for a in arguments.settings if not a.startswith("output=")]
-        run = Run.resume(settings if given else None, settings.output)
         if (run.path / "evaluation.json").exists():
             return console.print(
                 f"{run.path} is finished; search it with: python search.py --run {run.path} --budget 4"
             )
-        data = open_data(run)
     else:
-        data = open_data(Run.unsaved(settings))
         check_model(settings, data)
         run = Run.create(settings, accelerator)
     run.store_split(data, accelerator)

@@ -229,6 +229,10 @@ class Batches:
         """This process's slice of a global batch of `count` images."""
         return slice(self.rank * count // self.world_size, (self.rank + 1) * count // self.world_size)
 
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of epoch 0; what evaluation wants, which has no order to change."""
+        return self.epoch(0)
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches `start`, `start + 1`, ... of an epoch: a pure function of (seed, epoch, batch).
 

@@ -61,12 +61,14 @@ def uniform_table(results: Sequence[UniformAccuracy], split: str, float_accuracy
     return table
 
 
-def comparison_table(found: Sequence[Mapping[str, Any]], space: QuantSpace) -> Table:
+def comparison_table(columns: Mapping[str, Mapping[str, Any] | None], space: QuantSpace) -> Table:
     """The searched config beside the best uniform one within the budget: accuracies in percent and every cost."""
     table = Table(title="the searched subnet and the best uniform config within the budget", title_justify="left")
     table.add_column("")
-    for label, _ in zip(("searched", "uniform"), found, strict=False):
-        table.add_column(label, justify="right")
+    found = [entry for entry in columns.values() if entry is not None]
+    for label, entry in columns.items():
+        if entry is not None:
+            table.add_column(label, justify="right")
     table.add_row("form", *(entry["form"] for entry in found))
     for split in ("test", "validation", "predicted"):
         table.add_row(f"{split} accuracy [%]", *(f"{entry['accuracy'][split]:.2f}" for entry in found))

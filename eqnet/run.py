@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,20 +122,19 @@ class Run:
         return Run(path, load_settings([str(path / "settings.yaml")]))
 
     @staticmethod
-    def resume(settings: Settings | None, output: str | None) -> Run:
-        """The run to continue; `settings`, if given, must be those it was started with.
+    def resume(arguments: Sequence[str], output: str | None) -> Run:
+        """The run to continue: in `output`, or the latest. Settings in `arguments` must be those it was started with.
 
         Raises:
             ValueError: there is no run, or a setting differs (named).
         """
         run = Run.open(output)
-        if settings is not None:
-            old, new = _flatten(run.settings.model_dump()), _flatten(settings.model_dump())
-            changed = [k for k in new if k != "output" and new[k] != old.get(k)]
-            if changed:
-                key = changed[0]
+        old = _flatten(run.settings.model_dump())
+        new = _flatten(load_settings(arguments, run.settings.model_dump()).model_dump())
+        for key in new:
+            if key != "output" and new[key] != old[key]:
                 raise ValueError(
-                    f"{run.path} was started with {key}={old.get(key)}; a resumed run keeps its settings (got {new[key]})."
+                    f"{run.path} was started with {key}={old[key]}; a resumed run keeps its settings (got {new[key]})."
                 )
         return run
 

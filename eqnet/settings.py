@@ -74,9 +74,9 @@ class SpaceSettings(_Section):
 
 
 class PretrainSettings(_Section):
-    """Training in floating point before the supernet; skipped if the model has weights already."""
+    """Training in floating point before the supernet."""
 
-    epochs: int = Field(30, ge=0)
+    epochs: int | None = Field(None, ge=0)  # None: 30 for random weights, 0 for given ones
     lr: float = Field(4e-3, gt=0)
 
 
@@ -104,7 +104,7 @@ class TrainSettings(_Section):
     mixup: float = Field(0.0, ge=0)
     cutmix: float = Field(0.0, ge=0)
     ema_decay: float | None = Field(None, gt=0, lt=1)
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = True
     sync_bn: bool = False  # GPU only: BN statistics over all processes
     calibration_images: int = Field(256, ge=1)
@@ -112,6 +112,12 @@ class TrainSettings(_Section):
     log_steps: int = Field(10, ge=1)
     evaluate_epochs: int = Field(10, ge=0)  # 0: only at the end
     evaluate_bits: Bits = Field(default_factory=lambda: [2, 4, 8])  # the chosen few, in the first form of the space
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainSettings:
+        if self.precision == "fp16" and self.clip_value is not None and self.clip_norm is not None:
+            raise ValueError("train.precision=fp16 clips once: set train.clip_value=null or train.clip_norm=null")
+        return self
 
 
 class SearchSettings(_Section):
@@ -143,6 +149,13 @@ class Settings(_Section):
     pretrain: PretrainSettings = PretrainSettings()
     train: TrainSettings = TrainSettings()
     search: SearchSettings = SearchSettings()
+
+    @property
+    def pretrain_epochs(self) -> int:
+        """Epochs of the float phase."""
+        if self.pretrain.epochs is not None:
+            return self.pretrain.epochs
+        return 0 if self.model.pretrained or self.model.weights is not None else 30
 
 
 def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -60,6 +60,8 @@ class Tracker:
             config=dict(config),
             settings=wandb.Settings(silent=True, console="off"),
         )
+        self._wandb.define_metric("optimizer_step", hidden=True)
+        self._wandb.define_metric("*", step_metric="optimizer_step")
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         """Appends one row to `metrics.jsonl` and sends it to wandb."""

@@ -10,7 +10,7 @@ Shape legend: `N` configs, `G` genes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,19 +28,19 @@ from eqnet.nn.supernet import Supernet, recalibrate_bn
 from eqnet.settings import Settings
 from eqnet.space import Form, Genomes, MeanBitsSampler, QuantConfig, QuantSpace
 
-LabelledBatches = Sequence[tuple[Tensor, Tensor]]
+LabelledBatches = Iterable[tuple[Tensor, Tensor]]
 Advance = Callable[[], None]
 
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, batches: LabelledBatches) -> float:
     """Top-1 accuracy in percent of a model in eval mode on (images [N, C, H, W], labels [N])."""
-    correct = torch.zeros((), dtype=torch.int64, device=batches[0][0].device)
-    count = 0
+    hits: list[Tensor] = []
     for images, labels in batches:
-        correct += (model(images).argmax(1) == labels).sum()
-        count += len(labels)
-    return 100.0 * int(correct) / count
+        hits.append(model(images).argmax(1) == labels)
+    if not hits:
+        raise ValueError("there is no image to measure accuracy on.")
+    return 100.0 * float(torch.cat(hits).double().mean())
 
 
 class Evaluator:
@@ -49,12 +49,12 @@ class Evaluator:
     Args:
         supernet: in eval mode; its config and BN statistics change.
         bn_batches: training images that recalibrate BN, the same for every config.
-        splits: labelled batches by split name, e.g. {"validation": ..., "test": ...}.
+        splits: labelled images by split name, e.g. {"validation": [(images, labels), ...]}; iterated anew for each config.
     """
 
     def __init__(self, supernet: Supernet, bn_batches: Sequence[Tensor], splits: Mapping[str, LabelledBatches]) -> None:
         for name, batches in splits.items():
-            if not batches:
+            if not _num_images(batches):
                 raise ValueError(f"the {name} split is empty; nothing can be measured on it.")
         self.supernet, self.bn_batches, self.splits = supernet.eval(), bn_batches, splits
 
@@ -63,9 +63,9 @@ class Evaluator:
         """The evaluator of a run: its validation and test images, BN recalibrated as its settings say."""
         s, size = settings.search, settings.data.evaluation_batch_size
 
-        def labelled(split: Data, limit: int | None) -> LabelledBatches:
+        def batches(split: Data, limit: int | None) -> Batches:
             kept = split if limit is None else random_subset(split, limit, settings.seed)
-            batches = Batches(
+            return Batches(
                 kept,
                 size,
                 seed=settings.seed,
@@ -75,10 +75,9 @@ class Evaluator:
                 std=data.std,
                 workers=settings.data.workers,
             )
-            return list(batches.epoch(0))
 
         bn = calibration_batches(data, s.bn_images, size, settings.seed, device, settings.data.workers)
-        splits = {"validation": labelled(data.validation, s.max_validation_images), "test": labelled(data.test, None)}
+        splits = {"validation": batches(data.validation, s.max_validation_images), "test": batches(data.test, None)}
         return Evaluator(supernet, bn, splits)
 
     def measure(self, config: QuantConfig, *splits: str) -> list[float]:
@@ -104,6 +103,10 @@ class Evaluator:
         for i, values in gather_object(mine):
             out[i] = values
         return out
+
+
+def _num_images(batches: LabelledBatches) -> int:
+    return len(batches.data) if isinstance(batches, Batches) else sum(len(labels) for _, labels in batches)
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ def build_table(
     header = {
         "seed": seed,
         "bn_images": sum(len(b) for b in evaluator.bn_batches),
-        "validation_images": sum(len(y) for _, y in evaluator.splits["validation"]),
+        "validation_images": _num_images(evaluator.splits["validation"]),
         "genes": [[gene.slot, *gene.layers, len(gene.formats)] for gene in space.genes],
     }
     if accelerator.is_main_process:

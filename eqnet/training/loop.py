@@ -42,6 +42,7 @@ from eqnet.training.step import Criterion, supernet_step
 
 ComputeStep = Callable[[Tensor, Tensor, int], dict[str, Tensor]]
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # in the words of accelerate
 STOP_CHECK_STEPS = 10  # processes agree on a received signal this often
 
 
@@ -52,7 +53,7 @@ class DivergedError(ValueError):
 def make_accelerator(settings: Settings) -> Accelerator:
     """The accelerator of a run: precision from the settings, devices and processes from `accelerate launch`."""
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)  # active rows and BN statistics are per process
-    accelerator = Accelerator(mixed_precision=settings.train.precision, kwargs_handlers=[ddp])
+    accelerator = Accelerator(mixed_precision=PRECISIONS[settings.train.precision], kwargs_handlers=[ddp])
     set_seed(settings.seed, device_specific=True)
     return accelerator
 
@@ -117,11 +118,12 @@ class Trainer:
         s = self.settings
         model = create_float_model(s.model, self.data.num_classes, self.data.input_size[0], weights=not done)
         stored = self.run.path / "float.safetensors"
-        if stored.exists() and resume is None:
+        exists = stored.exists() and resume is None
+        self.accelerator.wait_for_everyone()  # before the main process writes it
+        if exists:
             load_float_weights(model, stored)
             return model.to(self.accelerator.device)
-        trained = s.model.pretrained or s.model.weights is not None
-        if s.pretrain.epochs and not trained:
+        if s.pretrain_epochs:
             model = self._to_device(model)
             criterion, mix = self._criterion()
 
@@ -137,8 +139,8 @@ class Trainer:
                 model, [], [], lr=s.pretrain.lr, step_size_lr=0.0, weight_decay=s.train.weight_decay
             )
             prepared, optimizer = self.accelerator.prepare(model, SupernetAdamW(groups))
-            self._phase("pretrain", prepared, optimizer, s.pretrain.epochs, compute, resume, warmup_epochs=1.0)
-            model = self.accelerator.unwrap_model(prepared)
+            self._phase("pretrain", prepared, optimizer, s.pretrain_epochs, compute, resume, warmup_epochs=1.0)
+            model = self.accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
             self.accelerator.free_memory()
         if self.accelerator.is_main_process:
             save_tensors(stored, model.state_dict())
@@ -185,6 +187,9 @@ class Trainer:
             )
 
         self._phase("supernet", prepared, optimizer, t.epochs, compute, resume, t.warmup_epochs, ema, supernet)
+        self.accelerator.unwrap_model(
+            prepared, keep_fp32_wrapper=False
+        )  # accelerate's autocast would stay in `forward`
         trained = supernet if ema is None else ema.module
         assert isinstance(trained, Supernet)
         return trained.eval()
@@ -196,6 +201,8 @@ class Trainer:
     def _criterion(self) -> tuple[Criterion, Mixup | None]:
         t = self.settings.train
         if t.mixup or t.cutmix:
+            if (self.settings.data.batch_size // self.world) % 2:
+                raise ValueError("train.mixup and train.cutmix need an even data.batch_size for each process.")
             mix = Mixup(t.mixup, t.cutmix, label_smoothing=t.label_smoothing, num_classes=self.data.num_classes)
             return SoftTargetCrossEntropy(), mix
         return LabelSmoothingCrossEntropy(t.label_smoothing) if t.label_smoothing else nn.CrossEntropyLoss(), None
@@ -272,8 +279,7 @@ class Trainer:
 
     def _float_steps(self) -> int:
         """Optimizer steps of the float phase, so that steps in the log run on."""
-        s = self.settings
-        return 0 if s.model.pretrained or s.model.weights is not None else s.pretrain.epochs * len(self.batches)
+        return self.settings.pretrain_epochs * len(self.batches)
 
     def _check_finite(self, parts: Mapping[str, Tensor], phase: str, step: int) -> None:
         for name, value in parts.items():

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 MAX_RELATIVE_CHANGE = 0.1  # of a step size in one update
 
 
