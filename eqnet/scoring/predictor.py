@@ -19,7 +19,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -314,7 +315,7 @@ class _Ensemble:
     def fit(inputs: Tensor, accuracy: Floats, recipe: PredictorRecipe, seed: int) -> _Ensemble:
         """Trains on inputs [N, I] and accuracy [N]; independent of global random state and of the gradient mode."""
         generator = torch.Generator().manual_seed(seed)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), _one_thread():
             ensemble = _Ensemble._initial(inputs.clone(), accuracy, recipe, generator)
             ensemble._train(inputs.clone(), torch.from_numpy(accuracy), recipe, generator)
         return ensemble
@@ -379,8 +380,21 @@ class _Ensemble:
     def predict(self, inputs: Tensor) -> Floats:
         """Accuracy in percent, the mean of the networks, float64 [N]."""
         mean, deviation = self.tensors["target"]
-        out: Floats = (self._forward(inputs).double().mean(0) * deviation + mean).numpy()
+        with _one_thread():
+            outputs = self._forward(inputs)
+        out: Floats = (outputs.double().mean(0) * deviation + mean).numpy()
         return out
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums in one order, so that a search does not depend on the number of threads; small networks lose nothing by it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _ranking_loss(output: Tensor, wanted: Tensor, generator: torch.Generator) -> Tensor:
