@@ -84,7 +84,7 @@ def test_weights_are_updated_as_by_adamw(weight_decay):
     optimizer = SupernetAdamW(
         [{"params": ours, "lr": LR, "weight_decay": weight_decay}, {"params": [table], "per_entry": True, "lr": LR}]
     )
-    reference = torch.optim.AdamW(theirs, lr=LR, weight_decay=weight_decay)
+    reference = torch.optim.AdamW(theirs, lr=LR, weight_decay=weight_decay, fused=True)
     for step in range(20):
         for p, q in zip(ours, theirs, strict=True):
             p.grad = normal(*p.shape, seed=step) * (step % 3 != 0)  # zero gradients are steps, too

@@ -236,7 +236,10 @@ def test_step_size_parameters_are_all_that_is_added(cnn):
     before = {id(p) for p in cnn.parameters()}
     supernet = Supernet.from_model(cnn, SIZE)
     added = {id(p) for p in supernet.parameters() if p.requires_grad} - before
-    assert added == {id(p) for p in [*supernet.step_sizes(), *supernet.offsets()]}
+    tables = [*supernet.step_sizes(), *supernet.offsets()]
+    assert added == {id(p) for p in tables if p.requires_grad}
+    image = next(iter(supernet.layers.values())).act_quantizer
+    assert {id(p) for p in tables if not p.requires_grad} == {id(image.scale), id(image.offset)}  # calibrated, not learned
 
 
 def test_what_stays_in_float_is_listed():
@@ -334,6 +337,8 @@ def test_only_the_tables_rows_of_the_config_are_trained(supernet, images):
     supernet.train().set_config(config)
     supernet(images(8)).square().sum().backward()
     for name, quantizer in supernet.quantizers():
+        if not quantizer.scale.requires_grad:  # that of the image
+            continue
         row = quantizer.rows[quantizer.format]
         assert set(quantizer.scale.grad.nonzero().flatten().tolist()) <= set(quantizer.index[row].tolist()), name
         assert quantizer.scale.grad.any(), name

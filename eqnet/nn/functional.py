@@ -18,8 +18,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-SCALE_EPS = 1e-8  # step sizes below this are clamped (gradients pass), so s never reaches or crosses zero
+from eqnet.nn.kernels import (
+    EAGER,
+    SCALE_EPS,
+    Formats,
+    Grid,
+    Kernels,
+    from_rows,
+    like_layout,
+    to_rows,
+    zero_point,
+)
+
 CALIBRATION_NORM = 2.4  # exponent of the error that initialisation minimises
 CALIBRATION_CANDIDATES = 80  # ranges (1 - 0.01 i) * range, i = 0..79
 HISTOGRAM_BINS = 2048
@@ -34,41 +46,69 @@ def code_range(bits: int, signed: bool) -> tuple[int, int]:
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
-def zero_point(scale: Tensor, offset: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:
-    """Integer zero point of a real offset (same float dtype as `scale`), inside the code range so that 0.0 is exact."""
-    z = torch.round(-offset / scale.clamp_min(SCALE_EPS))
-    return torch.minimum(torch.maximum(z, qmin), qmax)
-
-
 class _FakeQuantize(torch.autograd.Function):
-    """LSQ/LSQ+ gradients; saves only the input (which the network keeps anyway) and per-channel scalars."""
+    """Fake quantization of a tensor by the active row of two tables; the mathematics is in `kernels`."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, offset: Tensor, qmin: Tensor, qmax: Tensor, grad_scale: Tensor
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        offset: Tensor,
+        formats: Formats,
+        axis: int | None,
+        numel: int,
+        kernels: Kernels,
     ) -> Tensor:
-        s = scale.clamp_min(SCALE_EPS)
-        z = zero_point(s, offset, qmin, qmax)
-        ctx.save_for_backward(x, s, z, qmin, qmax, grad_scale)
-        r = torch.clamp(x / s, qmin - z, qmax - z).round_()
-        return r.mul_(s).to(x.dtype)
+        dtype, device = x.dtype, x.device.type
+        if dtype == torch.float32 and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)  # what the layer would cast to anyway
+        rows = to_rows(x.detach(), axis).data
+        formats = formats._replace(row=formats.row.clone())  # the next config may be selected before the backward pass
+        out, grid = kernels.forward(rows, scale.detach(), offset.detach(), formats, dtype)
+        ctx.save_for_backward(x, scale, offset, *formats, *grid)
+        ctx.axis, ctx.numel, ctx.kernels = axis, numel, kernels
+        return from_rows(out, x, axis)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (u,) = grads
-        x, s, z, qmin, qmax, g = ctx.saved_tensors
-        low, high = qmin - z, qmax - z
-        v = x / s
-        below, above = v < low, v > high
-        outside = below | above
-        grad_x = u.masked_fill(outside, 0) if ctx.needs_input_grad[0] else None
-        grad_scale = grad_offset = None
-        if ctx.needs_input_grad[1]:
-            ds = torch.where(below, qmin, torch.where(above, qmax, v.round() - v))
-            grad_scale = (u * ds).sum_to_size(s.shape) * g
-        if ctx.needs_input_grad[2]:
-            grad_offset = (u.to(s.dtype) * outside).sum_to_size(s.shape) * g
-        return grad_x, grad_scale, grad_offset, None, None, None
+        x, scale, offset, *rest = ctx.saved_tensors
+        formats, grid = Formats(*rest[: len(Formats._fields)]), Grid(*rest[len(Formats._fields) :])
+        rows = to_rows(x.detach(), ctx.axis).data
+        u = to_rows(like_layout(grads[0].detach(), x), ctx.axis).data
+        grad_x, grad_scale, grad_offset = ctx.kernels.backward(
+            u, rows, scale.detach(), offset.detach(), formats, grid, ctx.numel
+        )
+        return from_rows(grad_x, x, ctx.axis), grad_scale, grad_offset, None, None, None, None
+
+
+def fake_quantize_active(
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    formats: Formats,
+    *,
+    axis: int | None = None,
+    numel: int = 1,
+    kernels: Kernels = EAGER,
+) -> Tensor:
+    """Rounds `x` to the grid of the active row of a quantizer's tables; differentiable.
+
+    Args:
+        x: any shape, float.
+        scale, offset: tables [S] and [A].
+        formats: what the rows mean, and which one is active.
+        axis: axis of the channels, None for one channel.
+        numel: number of values N in LSQ's gradient scale g = 1 / sqrt(qmax * N).
+        kernels: eager or compiled.
+
+    Returns:
+        Same shape as `x`, and same dtype, or under autocast the lower-precision one that the layer computes in. Gradients,
+        with u the incoming one (EQ-Net section 3.2, LSQ eq. 3, LSQ+ eq. 5): x: u inside the range (bounds included), 0
+        outside; scale: g * sum u * (r - x / s inside, qmin / qmax outside); offset: g * sum of u outside.
+    """
+    return _FakeQuantize.apply(x, scale, offset, formats, axis, numel, kernels)  # type: ignore[no-any-return]
 
 
 def fake_quantize(
@@ -78,22 +118,25 @@ def fake_quantize(
 
     Args:
         x: any shape, float.
-        scale: step size, broadcastable to `x`, e.g. `[C, 1, 1, 1]`; must have as many dimensions as `x` or be 0-d.
+        scale: step size, 0-d or broadcastable to `x` along one axis, e.g. `[C, 1, 1, 1]`.
         offset: real offset beta, same shape as `scale`; zeros for symmetric formats.
-        qmin, qmax: smallest and largest code, 0-d or broadcastable float tensors.
-        grad_scale: factor g on the gradients of `scale` and `offset`, 1 / sqrt(qmax * N) in LSQ; None means 1.
+        qmin, qmax: smallest and largest code, one float each.
+        grad_scale: factor g on the gradients of `scale` and `offset`, one positive float; None means 1.
 
     Returns:
-        Same shape and dtype as `x`. Gradients, with u the incoming one (EQ-Net section 3.2, LSQ eq. 3, LSQ+ eq. 5):
-        x: u inside the range (bounds included), 0 outside; scale: g * sum u * (r - x / s inside, qmin / qmax outside);
-        offset: g * sum of u outside.
+        As `fake_quantize_active`.
 
     >>> one = torch.ones(())
     >>> fake_quantize(torch.tensor([-9.0, -0.4, 0.6, 9.0]), one, 0 * one, -2 * one, one)
     tensor([-2., -0.,  1.,  1.])
     """
-    g = torch.ones_like(scale) if grad_scale is None else grad_scale
-    return _FakeQuantize.apply(x, scale, offset, qmin, qmax, g)  # type: ignore[no-any-return]
+    axis = next((x.ndim - scale.ndim + d for d, size in enumerate(scale.shape) if size > 1), None)
+    index = torch.arange(scale.numel(), device=scale.device)[None]
+    one, zero = torch.ones(1, 1, device=scale.device), torch.zeros(1, dtype=torch.int64, device=scale.device)
+    ranges = torch.stack([qmin.reshape(()), qmax.reshape(())]).view(1, 1, 2)
+    share = 1 / (qmax if grad_scale is None else qmax * grad_scale.square()).view(1, 1)  # g = 1 / sqrt(qmax * share)
+    formats = Formats(index, index, one, ranges, share, zero, zero)
+    return fake_quantize_active(x, scale.reshape(-1), offset.reshape(-1), formats, axis=axis)
 
 
 def quantize(x: Tensor, scale: Tensor, offset: Tensor, qmin: Tensor, qmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:

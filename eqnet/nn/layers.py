@@ -135,6 +135,10 @@ def make_elastic(module: nn.Module, info: LayerInfo, space: QuantSpace) -> None:
         space.choices(info.name, "weight"), info.channels, info.channel_axis, weight.ndim, weight.numel(), device=device
     )
     act = ElasticQuantizer(act_formats, signed=info.signed_input, device=device) if act_formats else None
+    if act is not None and info.reads_images:
+        # Images do not change, so their calibrated step size stays right; learning it would cost the gradient of the first
+        # layer's input, a tenth of a training step.
+        act.requires_grad_(False)
     module.register_module("act_quantizer", act)
 
 

@@ -22,7 +22,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from eqnet.nn.functional import choose_qparams, code_range, fake_quantize, quantize
+from eqnet.nn.functional import choose_qparams, code_range, fake_quantize_active, quantize
+from eqnet.nn.kernels import EAGER, Formats, Kernels
 from eqnet.space import QuantFormat
 
 MAX_CALIBRATION_VALUES = 2**21  # values kept per observed tensor; evenly strided beyond that
@@ -49,7 +50,7 @@ class ElasticQuantizer(nn.Module):
     offset_index: Tensor  # int64 [R, C]
     asymmetric: Tensor  # float [R, 1]
     ranges: Tensor  # float [2, R, 2], (qmin, qmax) by signedness
-    group_numel: Tensor  # float [R], weights that share a step size
+    share: Tensor  # float [R, 1], part of the tensor that shares a step size
 
     def __init__(
         self,
@@ -65,6 +66,7 @@ class ElasticQuantizer(nn.Module):
         self.formats = tuple(formats)
         self.rows = {fmt: r for r, fmt in enumerate(self.formats)}
         self.axis, self.numel = axis, numel
+        self.kernels: Kernels = EAGER
         self.broadcast = (1,) * ndim if axis is None else tuple(channels if d == axis else 1 for d in range(ndim))
         self.enabled = True
         self.observing = False
@@ -78,15 +80,16 @@ class ElasticQuantizer(nn.Module):
             offset_index.append(torch.zeros_like(steps) if fmt.symmetric else offsets + steps)
             offsets += 0 if fmt.symmetric else width
         self.scale = nn.Parameter(torch.ones(entries, device=device))
-        self.offset = nn.Parameter(torch.zeros(max(offsets, 1), device=device), requires_grad=offsets > 0)
+        # at least two entries: compiled code would need a variant for tables of one
+        self.offset = nn.Parameter(torch.zeros(max(offsets, 2), device=device), requires_grad=offsets > 0)
         ranges = [[code_range(f.bits, s) for f in self.formats] for s in (False, True)]
-        wide = [1 if f.granularity == "tensor" else channels for f in self.formats]
+        share = [[1.0 if f.granularity == "tensor" else 1 / channels] for f in self.formats]
         for name, table in {
             "index": torch.stack(index),
             "offset_index": torch.stack(offset_index),
             "asymmetric": torch.tensor([[float(not f.symmetric)] for f in self.formats]),
             "ranges": torch.tensor(ranges, dtype=torch.float32),  # [signed, R, 2]
-            "group_numel": torch.tensor([(numel or 1) / w for w in wide]),
+            "share": torch.tensor(share),
         }.items():
             self.register_buffer(name, table.to(device) if device is not None else table, persistent=False)
         self.register_buffer("row", torch.zeros(1, dtype=torch.int64, device=device), persistent=False)
@@ -104,10 +107,17 @@ class ElasticQuantizer(nn.Module):
         """The active format."""
         return self.formats[int(self.row)]
 
+    @property
+    def active(self) -> Formats:
+        """What the rows of the tables mean, and the active one."""
+        return Formats(
+            self.index, self.offset_index, self.asymmetric, self.ranges, self.share, self.signed, self.row
+        )
+
+    @torch.no_grad()
     def qparams(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(scale, offset, qmin, qmax) of the active row, broadcastable to the tensor; differentiable in the tables."""
-        index = self.index.index_select(0, self.row)[0]
-        offset_index = self.offset_index.index_select(0, self.row)[0]
+        """(scale, offset, qmin, qmax) of the active row, broadcastable to the tensor."""
+        index, offset_index = (table.index_select(0, self.row)[0] for table in (self.index, self.offset_index))
         scale = self.scale.index_select(0, index).view(self.broadcast)
         asymmetric = self.asymmetric.index_select(0, self.row)
         offset = (self.offset.index_select(0, offset_index) * asymmetric[0]).view(self.broadcast)
@@ -115,18 +125,15 @@ class ElasticQuantizer(nn.Module):
         return scale, offset, bounds[0], bounds[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantizes `x` in the active format; same shape and dtype."""
+        """Fake-quantizes `x` in the active format; same shape."""
         if self.observing:
             self._observe(x)
         if not self.enabled:
             return x
-        scale, offset, qmin, qmax = self.qparams()
-        if self.numel is None:
-            numel = float(x[0].numel())
-            grad_scale = torch.rsqrt(qmax * numel)
-        else:
-            grad_scale = torch.rsqrt(qmax * self.group_numel.index_select(0, self.row)[0])
-        return fake_quantize(x, scale, offset, qmin, qmax, grad_scale)
+        numel = x[0].numel() if self.numel is None else self.numel
+        return fake_quantize_active(
+            x, self.scale, self.offset, self.active, axis=self.axis, numel=numel, kernels=self.kernels
+        )
 
     @torch.no_grad()
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

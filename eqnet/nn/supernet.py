@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from eqnet.nn.kernels import EAGER, Kernels
 from eqnet.nn.layers import LAYER_TYPES, ElasticLayer, QuantMixin, layer_kind, make_elastic, make_quantized
 from eqnet.nn.quantizer import ElasticQuantizer
 from eqnet.space import LayerInfo, QuantConfig, QuantSpace
@@ -72,11 +73,14 @@ def trace_layers(model: nn.Module, input_size: Sequence[int]) -> list[LayerInfo]
             x, weight = args[0], module.weight
             assert isinstance(weight, Tensor)
             positions = x.numel() if layer_kind(module) == "conv_transpose" else out.numel()
-            fact = facts.setdefault(name, {"macs": 0, "act_numel": 0, "calls": 0, "signed_input": False})
+            fact = facts.setdefault(
+                name, {"macs": 0, "act_numel": 0, "calls": 0, "signed_input": False, "reads_images": True}
+            )
             fact["macs"] += positions * weight[0].numel()
             fact["act_numel"] += x.numel()
             fact["calls"] += 1
             fact["signed_input"] |= True if x.is_meta else bool((x < 0).any())
+            fact["reads_images"] &= x is image
 
         return record
 
@@ -90,7 +94,7 @@ def trace_layers(model: nn.Module, input_size: Sequence[int]) -> list[LayerInfo]
             net(image)
     except (RuntimeError, AssertionError, IndexError) as error:
         raise ValueError(f"the model cannot run on an input of size {tuple(input_size)}: {error}") from error
-    unread = {"act_numel": 0, "calls": 0, "signed_input": True}
+    unread = {"act_numel": 0, "calls": 0, "signed_input": True, "reads_images": False}
     for name in modules:
         facts.setdefault(name, {**unread, "macs": reads.macs.get(name, 0)})
 
@@ -145,6 +149,7 @@ class Supernet(nn.Module):
         self.space = space
         self.config: QuantConfig | None = None
         self._layers: dict[str, ElasticLayer] = {layer.name: modules[layer.name] for layer in space.layers}  # type: ignore[misc]
+        self.use_kernels(EAGER)
         self.set_config(space.largest())
 
     @staticmethod
@@ -169,13 +174,24 @@ class Supernet(nn.Module):
             if layer.act_quantizer is not None:
                 yield f"{name}.act", layer.act_quantizer
 
+    @property
+    def kernels(self) -> Kernels:
+        """The implementation that the quantizers run on."""
+        return self._kernels
+
+    def use_kernels(self, kernels: Kernels) -> None:
+        """Runs every quantizer on an implementation from `eqnet.nn.kernels`: same values, another speed."""
+        self._kernels = kernels
+        for _, quantizer in self.quantizers():
+            quantizer.kernels = kernels
+
     def step_sizes(self) -> list[nn.Parameter]:
-        """The tables of step sizes of all quantizers; every entry is positive."""
+        """The tables of step sizes of all quantizers; every entry is positive. That of the image is calibrated, not learned."""
         return [q.scale for _, q in self.quantizers()]
 
     def offsets(self) -> list[nn.Parameter]:
         """The tables of offsets of all quantizers that have asymmetric formats."""
-        return [q.offset for _, q in self.quantizers() if q.offset.requires_grad]
+        return [q.offset for _, q in self.quantizers() if not all(fmt.symmetric for fmt in q.formats)]
 
     def latent_weights(self) -> dict[str, nn.Parameter]:
         """The trained weights of the elastic layers by name, in order of execution."""

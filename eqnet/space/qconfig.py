@@ -27,6 +27,7 @@ class LayerInfo:
         act_numel: input elements per image, summed over all calls.
         calls: calls per forward pass; 0 for layers whose weight is read directly (their input stays in floating point).
         signed_input: False if no input value was negative.
+        reads_images: True if its input is the image itself.
     """
 
     name: str
@@ -36,6 +37,7 @@ class LayerInfo:
     act_numel: int
     calls: int = 1
     signed_input: bool = True
+    reads_images: bool = False
 
     @property
     def weight_numel(self) -> int:
@@ -65,6 +67,7 @@ class LayerInfo:
             "act_numel": self.act_numel,
             "calls": self.calls,
             "signed_input": self.signed_input,
+            "reads_images": self.reads_images,
         }
 
     @staticmethod

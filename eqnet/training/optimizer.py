@@ -27,7 +27,7 @@ class SupernetAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.0) -> None:
-        super().__init__(params, lr=lr, weight_decay=weight_decay)
+        super().__init__(params, lr=lr, weight_decay=weight_decay, fused=True)
         for group in self.param_groups:
             group.setdefault("per_entry", False)
             group.setdefault("positive", False)
@@ -97,8 +97,8 @@ def parameter_groups(
     groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
         {"params": [p for p in rest if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
-        {"params": step_sizes, "lr": step_size_lr, "weight_decay": 0.0, "per_entry": True, "positive": True},
-        {"params": offsets, "lr": step_size_lr, "weight_decay": 0.0, "per_entry": True},
+        {"params": [p for p in step_sizes if p.requires_grad], "lr": step_size_lr, "weight_decay": 0.0, "per_entry": True, "positive": True},
+        {"params": [p for p in offsets if p.requires_grad], "lr": step_size_lr, "weight_decay": 0.0, "per_entry": True},
     ]
     for group in groups:
         group["peak_lr"] = group["lr"]

@@ -73,7 +73,9 @@ def supernet_step(
         parts[name] = parts.get(name, value.new_zeros(())) + value.detach().float() * share
 
     if settings.kurtosis or settings.skewness:
-        wdr = weight_distribution_loss(regularised_weights(supernet, settings), settings.kurtosis_target)
+        wdr = weight_distribution_loss(
+            regularised_weights(supernet, settings), settings.kurtosis_target, supernet.kernels
+        )
         weighted = settings.kurtosis * wdr["kurtosis"] + settings.skewness * wdr["skewness"]
         accelerator.backward(weighted)
         for name, value in wdr.items():

@@ -1,0 +1,58 @@
+"""Interleaved timing: every round runs each variant once, so that a busy machine slows all of them alike."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Timing(NamedTuple):
+    """Seconds of one variant: median and quartiles over the rounds."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+
+def interleave(
+    functions: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
+) -> dict[str, Timing]:
+    """Wall time of each function: `warmup` rounds that do not count, then `rounds` that do, in rotating order.
+
+    Args:
+        functions: variants by name; each call does the same amount of work.
+        rounds: measured rounds.
+        warmup: rounds before them (compilation, allocation).
+    """
+    names = list(functions)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    gc.disable()
+    try:
+        for i in range(-warmup, rounds):
+            shift = i % len(names)
+            for name in names[shift:] + names[:shift]:
+                start = time.perf_counter()
+                functions[name]()
+                if i >= 0:
+                    seconds[name].append(time.perf_counter() - start)
+            gc.collect()
+    finally:
+        gc.enable()
+    return {
+        name: Timing(float(np.median(s)), *(float(q) for q in np.quantile(s, (0.25, 0.75))), rounds)
+        for name, s in seconds.items()
+    }
+
+
+def ratio(timings: Mapping[str, Timing], name: str, floor: str) -> float:
+    """Median of one variant divided by the median of another.
+
+    >>> ratio({"a": Timing(3.0, 3, 3, 1), "b": Timing(2.0, 2, 2, 1)}, "a", "b")
+    1.5
+    """
+    return timings[name].median / timings[floor].median

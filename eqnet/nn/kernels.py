@@ -1,0 +1,294 @@
+"""The fused quantizer: forward and backward of fake quantization over rows, eager or compiled.
+
+LSQ (arXiv 1902.08153) eq. 3, LSQ+ (arXiv 2004.09576) eq. 5; EQ-Net (arXiv 2308.07650) section 3.2. Everything that a config
+changes (row, step size, offset, bounds, signedness) is a tensor, so one compilation serves every layer and every format.
+Nothing is saved for the backward pass but the input, which the network keeps anyway, and a few numbers per channel: the
+mask is computed again.
+
+A tensor is seen as rows [R, L] in the order of its storage. Weights have one row per channel; an activation has as many
+rows as keep sums short, because the gradient of its step size is a sum over millions of values in float32.
+
+Shape legend: `R` rows, `L` values of a row, `C` channels (R for weights, 1 for activations), `F` formats, `S` entries of
+the table of step sizes, `A` of the table of offsets.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+CompileMode = Literal["auto", "on", "off"]
+SCALE_EPS = 1e-8  # step sizes below this are clamped (gradients pass), so s never reaches or crosses zero
+_ROW_LENGTH = 4096  # values of a row at most, where the shape allows
+_BLOCK = 2**16  # values of a block of the eager kernels: its temporaries stay in the cache
+
+
+class Formats(NamedTuple):
+    """The constants of a quantizer's formats and the active one.
+
+    Attributes:
+        index: int64 [F, C], entry of the table of step sizes of each format and channel.
+        offset_index: int64 [F, C].
+        asymmetric: float [F, 1], 1 or 0.
+        ranges: float [2, F, 2], (qmin, qmax) by signedness.
+        share: float [F, 1], part of the tensor that shares a step size.
+        signed: int64 [1].
+        row: int64 [1], the active format.
+    """
+
+    index: Tensor
+    offset_index: Tensor
+    asymmetric: Tensor
+    ranges: Tensor
+    share: Tensor
+    signed: Tensor
+    row: Tensor
+
+
+class Grid(NamedTuple):
+    """The quantization grid of the active format, float: `s` [C, 1] step size; `low`, `high` [C, 1] bounds without the zero
+    point; `bounds` [2], smallest and largest code."""
+
+    s: Tensor
+    low: Tensor
+    high: Tensor
+    bounds: Tensor
+
+
+def zero_point(scale: Tensor, offset: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:
+    """Integer zero point of a real offset (same float dtype as `scale`), inside the code range so that 0.0 is exact."""
+    z = torch.round(-offset / scale.clamp_min(SCALE_EPS))
+    return torch.minimum(torch.maximum(z, qmin), qmax)
+
+
+def active_grid(scale: Tensor, offset: Tensor, formats: Formats) -> Grid:
+    """The grid of the active row of the tables `scale` [S] and `offset` [A]."""
+    index = formats.index.index_select(0, formats.row)[0]
+    offset_index = formats.offset_index.index_select(0, formats.row)[0]
+    bounds = formats.ranges.index_select(0, formats.signed)[0].index_select(0, formats.row)[0]
+    s = scale.index_select(0, index).clamp_min(SCALE_EPS)
+    beta = offset.index_select(0, offset_index) * formats.asymmetric.index_select(0, formats.row)[0]
+    z = zero_point(s, beta, bounds[0], bounds[1])
+    return Grid(s[:, None], (bounds[0] - z)[:, None], (bounds[1] - z)[:, None], bounds)
+
+
+def quantize_rows(x: Tensor, grid: Grid) -> Tensor:
+    """`s * round(clip(x / s, low, high))` of rows [R, L], in the dtype of the step size or wider."""
+    return (x / grid.s).clamp_(grid.low, grid.high).round_().mul_(grid.s)
+
+
+def row_gradients(u: Tensor, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `quantize_rows` for the incoming gradient `u` [R, L].
+
+    Returns:
+        of `x` [R, L]: u inside the range (bounds included), 0 outside; of the step size [R]: sum of u * (r - x / s) inside
+        and u * qmin or u * qmax outside; of the offset [R]: sum of u outside.
+    """
+    v = x / grid.s
+    c = v.clamp(grid.low, grid.high)
+    inside = v == c
+    z = grid.bounds[0] - grid.low
+    wide = u.to(v.dtype)
+    grad_x = torch.where(inside, u, 0).to(x.dtype)
+    d = torch.where(inside, c.round() - v, c + z)
+    return grad_x, (wide * d).sum(1), torch.where(inside, 0, wide).sum(1)
+
+
+def _forward(x: Tensor, scale: Tensor, offset: Tensor, formats: Formats, dtype: torch.dtype) -> tuple[Tensor, Grid]:
+    grid = active_grid(scale, offset, formats)
+    return quantize_rows(x, grid).to(dtype), grid
+
+
+def _table_gradients(
+    ds: Tensor, db: Tensor, scale: Tensor, offset: Tensor, formats: Formats, bounds: Tensor, numel: int
+) -> tuple[Tensor, Tensor]:
+    """Row sums [R] to gradients of the tables, times g = 1 / sqrt(qmax * values that share a step size) (LSQ)."""
+    row = formats.row
+    index, offset_index = formats.index.index_select(0, row)[0], formats.offset_index.index_select(0, row)[0]
+    share, asymmetric = formats.share.index_select(0, row)[0], formats.asymmetric.index_select(0, row)[0]
+    if len(index) == 1:  # one channel, many rows
+        ds, db = ds.sum(0, keepdim=True), db.sum(0, keepdim=True)
+    g = torch.rsqrt(bounds[1] * share * numel)
+    grad_scale = torch.zeros_like(scale).index_add(0, index, (ds * g).to(scale.dtype))
+    grad_offset = torch.zeros_like(offset).index_add(0, offset_index, (db * g * asymmetric).to(offset.dtype))
+    return grad_scale, grad_offset
+
+
+def _backward(
+    u: Tensor, x: Tensor, scale: Tensor, offset: Tensor, formats: Formats, grid: Grid, numel: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x, ds, db = row_gradients(u, x, grid)
+    return grad_x, *_table_gradients(ds, db, scale, offset, formats, grid.bounds, numel)
+
+
+class Moments(NamedTuple):
+    """Statistics of all values of a tensor, 0-d: mean, largest deviation from it, variance in units of the latter, skewness,
+    kurtosis; all but the mean are 0 where all values are equal but for rounding."""
+
+    mean: Tensor
+    spread: Tensor
+    variance: Tensor
+    skewness: Tensor
+    kurtosis: Tensor
+
+
+def moments(w: Tensor) -> Moments:
+    """Moments of the population of rows [R, L]; sums go row by row, so that they stay exact in float32."""
+    numel = w.numel()
+    mean = w.sum(1).sum() / numel
+    low, high = w.amin(), w.amax()
+    spread = torch.maximum(high - mean, mean - low)
+    spread = torch.where(spread > 8 * torch.finfo(w.dtype).eps * torch.maximum(-low, high).abs(), spread, 0)
+    # Dividing by the largest deviation keeps squares of tiny weights from underflowing; it cancels in the result.
+    u = (w - mean) * torch.where(spread > 0, 1 / spread, 0)
+    square = u * u
+    variance = square.sum(1).sum() / numel
+    third, fourth = (square * u).sum(1).sum() / numel, (square * square).sum(1).sum() / numel
+    safe = torch.where(spread > 0, variance, 1)
+    return Moments(mean, spread, variance, third / (safe * safe.sqrt()), fourth / (safe * safe))
+
+
+def moments_gradient(w: Tensor, m: Moments, grad_skewness: Tensor, grad_kurtosis: Tensor) -> Tensor:
+    """Gradient of skewness and kurtosis in rows [R, L], with z = (w - mean) / std over n values:
+    d skewness = 3 (z^2 - 1 - skewness z) / (n std), d kurtosis = 4 (z^3 - skewness - kurtosis z) / (n std)."""
+    std = m.spread * m.variance.sqrt()
+    factor = torch.where(m.spread > 0, 1 / std, 0)
+    z = (w - m.mean) * factor
+    a, b = 4 * grad_kurtosis * factor / w.numel(), 3 * grad_skewness * factor / w.numel()
+    linear, constant = -(a * m.kurtosis + b * m.skewness), -(a * m.skewness + b)
+    return ((a * z + b) * z + linear) * z + constant
+
+
+class Kernels(NamedTuple):
+    """One implementation of the passes over tensors.
+
+    Attributes:
+        forward: (x [R, L], scale [S], offset [A], formats, dtype of the result) -> (result [R, L], grid).
+        backward: (u [R, L], x, scale, offset, formats, grid, values of the tensor or, for activations, of one image)
+            -> gradients of x, scale and offset.
+        moments: see `moments`.
+        moments_gradient: see there.
+    """
+
+    forward: Callable[[Tensor, Tensor, Tensor, Formats, torch.dtype], tuple[Tensor, Grid]]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Formats, Grid, int], tuple[Tensor, Tensor, Tensor]]
+    moments: Callable[[Tensor], Moments]
+    moments_gradient: Callable[[Tensor, Moments, Tensor, Tensor], Tensor]
+
+
+def _blocks(x: Tensor) -> list[slice]:
+    """Slices of rows that fit the cache; one slice on an accelerator, where launches cost more."""
+    step = max(1, _BLOCK // x.shape[1]) if x.device.type == "cpu" else len(x)
+    return [slice(i, i + step) for i in range(0, len(x), step)]
+
+
+def _part(grid: Grid, rows: slice) -> Grid:
+    return grid if len(grid.s) == 1 else Grid(grid.s[rows], grid.low[rows], grid.high[rows], grid.bounds)
+
+
+def _eager_forward(
+    x: Tensor, scale: Tensor, offset: Tensor, formats: Formats, dtype: torch.dtype
+) -> tuple[Tensor, Grid]:
+    grid = active_grid(scale, offset, formats)
+    out = torch.empty_like(x, dtype=dtype)
+    for rows in _blocks(x):
+        out[rows] = quantize_rows(x[rows], _part(grid, rows))
+    return out, grid
+
+
+def _eager_backward(
+    u: Tensor, x: Tensor, scale: Tensor, offset: Tensor, formats: Formats, grid: Grid, numel: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x, sums = torch.empty_like(x), []
+    for rows in _blocks(x):
+        grad_x[rows], *both = row_gradients(u[rows], x[rows], _part(grid, rows))
+        sums.append(torch.stack(both))
+    ds, db = torch.cat(sums, 1)
+    return grad_x, *_table_gradients(ds, db, scale, offset, formats, grid.bounds, numel)
+
+
+EAGER = Kernels(_eager_forward, _eager_backward, moments, moments_gradient)
+
+
+@functools.cache
+def compiled_kernels() -> Kernels:
+    """The kernels through `torch.compile`: one generated loop each (C++ on CPU, Triton on CUDA), for all formats and shapes."""
+    options: dict[str, Any] = {"eager_numerics.division_rounding": True}  # x / s as IEEE says, as in eager mode
+    functions = (_forward, _backward, moments, moments_gradient)
+    return Kernels(*(torch.compile(f, fullgraph=True, dynamic=True, recompile_limit=64, options=options) for f in functions))
+
+
+def choose_kernels(mode: CompileMode, device: torch.device) -> Kernels:
+    """The kernels for a device: compiled, eager, or compiled where that works.
+
+    Args:
+        mode: "on", "off" or "auto".
+        device: where they will run; "on" and "auto" compile and run one of them there.
+
+    Raises:
+        ValueError: `mode` is "on" and there is no working compiler.
+    """
+    if mode == "off":
+        return EAGER
+    try:
+        # no two sizes are equal here, else the compiled code would be for equal sizes only
+        sizes = {"index": (5, 1), "offset_index": (5, 1), "ranges": (2, 5, 2)}
+        index, offset_index, ranges = (torch.ones(size, device=device) for size in sizes.values())
+        column, row = torch.ones(5, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+        formats = Formats(index.long(), offset_index.long(), column, ranges, column, row, row)
+        x = torch.ones(37, 41, device=device)
+        compiled_kernels().forward(x, torch.ones(11, device=device), torch.ones(7, device=device), formats, x.dtype)
+    except Exception as error:  # a compiler that is missing, too old or broken fails in many ways
+        if mode == "on":
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"train.compile=on, but the quantizers cannot be compiled for {device.type} ({reason}); install a C++ "
+                "compiler (CPU) or Triton (CUDA), or set train.compile=off."
+            ) from error
+        return EAGER
+    return compiled_kernels()
+
+
+def _storage_order(x: Tensor) -> Tensor:
+    """A view of `x` whose axes follow its storage, where that is one of the two usual layouts."""
+    if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1)
+    return x
+
+
+def like_layout(u: Tensor, x: Tensor) -> Tensor:
+    """`u` in the layout of `x`, of the same shape; a copy only if they differ."""
+    return u if u.stride() == x.stride() else torch.empty_like(x, dtype=u.dtype).copy_(u)
+
+
+def to_rows(x: Tensor, axis: int | None) -> Tensor:
+    """A tensor as rows [R, L] in the order of its storage, without a copy where it is dense in a usual layout.
+
+    Args:
+        x: any shape.
+        axis: axis of the channels, one row each; None for as many rows as keep them short.
+    """
+    if axis is not None:
+        return _storage_order(x if axis == 0 else x.movedim(axis, 0)).reshape(x.shape[axis], -1)
+    x = _storage_order(x)
+    if x.ndim < 2:
+        return x.reshape(1, -1)
+    length, d = x.shape[-1], x.ndim - 1
+    while d > 1 and length * x.shape[d - 1] <= _ROW_LENGTH:
+        d -= 1
+        length *= x.shape[d]
+    return x.reshape(-1, length)
+
+
+def from_rows(rows: Tensor, x: Tensor, axis: int | None) -> Tensor:
+    """Inverse of `to_rows(x, axis)` for rows of the same shape: shape and layout of `x`."""
+    moved = x if axis in (None, 0) else x.movedim(axis, 0)
+    ordered = _storage_order(moved)
+    out = rows.view(ordered.shape)
+    if ordered is not moved:
+        out = out.permute(0, 3, 1, 2)
+    return out if axis in (None, 0) else out.movedim(0, axis)
