@@ -19,9 +19,7 @@ class Timing(NamedTuple):
     rounds: int
 
 
-def interleave(
-    functions: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
-) -> dict[str, Timing]:
+def interleave(functions: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, Timing]:
     """Wall time of each function: `warmup` rounds that do not count, then `rounds` that do, in rotating order.
 
     Args:

@@ -9,13 +9,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Bits = list[int]
 Granularity = Literal["tensor", "channel"]
+
+
+def _word(value: Any) -> Any:
+    """YAML 1.1 reads the words `on` and `off` as booleans."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)]
 
 
 class _Section(BaseModel):
@@ -106,6 +114,7 @@ class TrainSettings(_Section):
     ema_decay: float | None = Field(None, gt=0, lt=1)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = True
+    compile: Switch = "auto"  # of the quantizers; "auto": where a compiler works
     sync_bn: bool = False  # GPU only: BN statistics over all processes
     calibration_images: int = Field(256, ge=1)
     checkpoint_steps: int = Field(200, ge=1)
@@ -126,6 +135,7 @@ class SearchSettings(_Section):
     table_size: int = Field(240, ge=10)
     bn_images: int = Field(512, ge=1)  # training images that recalibrate BN for each config
     max_validation_images: int | None = Field(None, ge=1)
+    integer: Literal["auto", "on", "off"] = "auto"  # integer kernels measure configs; auto: where the CPU has them
     population: int = Field(100, ge=4)
     generations: int = Field(100, ge=1)
     mutation_probability: float = Field(0.1, gt=0, le=1)

@@ -1,15 +1,12 @@
-"""Fake quantization with learned step sizes and the search for their initial values.
+"""Fake quantization with learned step sizes; `calibration` finds their initial values.
 
 LSQ (arXiv 1902.08153), LSQ+ (arXiv 2004.09576); EQ-Net (arXiv 2308.07650) eq. 1 and section 3.2.
 
     r = round(clip(x / s, qmin - z, qmax - z)),   x_hat = s * r,   code = r + z,   z = clip(round(-beta / s), qmin, qmax)
 
 Departs from the official code: the zero point z is an integer inside the code range (there a real offset, so that zero was
-not on the grid), the offset keeps its sign (there `abs` flipped negative ones), the step size is clamped, not shifted, and
-every format is initialised on the same 80-point grid (there 5 points for symmetric per-channel weights).
+not on the grid), the offset keeps its sign (there `abs` flipped negative ones), and the step size is clamped, not shifted.
 Rounding is half to even *before* the zero point is added, exactly as ONNX QuantizeLinear does it.
-
-Shape legend: `C` channels (1 if per tensor), `R` formats, `K` shrink candidates, `M` values of a channel.
 """
 
 from __future__ import annotations
@@ -31,10 +28,6 @@ from eqnet.nn.kernels import (
     to_rows,
     zero_point,
 )
-
-CALIBRATION_NORM = 2.4  # exponent of the error that initialisation minimises
-CALIBRATION_CANDIDATES = 80  # ranges (1 - 0.01 i) * range, i = 0..79
-HISTOGRAM_BINS = 2048
 
 
 def code_range(bits: int, signed: bool) -> tuple[int, int]:
@@ -134,8 +127,8 @@ def fake_quantize(
     index = torch.arange(scale.numel(), device=scale.device)[None]
     one, zero = torch.ones(1, 1, device=scale.device), torch.zeros(1, dtype=torch.int64, device=scale.device)
     ranges = torch.stack([qmin.reshape(()), qmax.reshape(())]).view(1, 1, 2)
-    share = 1 / (qmax if grad_scale is None else qmax * grad_scale.square()).view(1, 1)  # g = 1 / sqrt(qmax * share)
-    formats = Formats(index, index, one, ranges, share, zero, zero)
+    groups = (qmax if grad_scale is None else qmax * grad_scale.square()).view(1, 1)  # g = sqrt(groups / qmax)
+    formats = Formats(index, index, one, ranges, groups, zero, zero)
     return fake_quantize_active(x, scale.reshape(-1), offset.reshape(-1), formats, axis=axis)
 
 
@@ -149,59 +142,3 @@ def quantize(x: Tensor, scale: Tensor, offset: Tensor, qmin: Tensor, qmax: Tenso
     z = zero_point(s, offset, qmin, qmax)
     codes = torch.clamp(x / s, qmin - z, qmax - z).round_() + z
     return codes.to(dtype), s, z.to(dtype)
-
-
-def _summarise(values: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """Means and counts [C, bins] of equal-width bins per channel of [C, M]: the same grid at a fraction of the cost."""
-    low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
-    index = ((values - low) / (high - low).clamp_min(1e-30) * bins).long().clamp_(max=bins - 1)
-    counts = values.new_zeros(len(values), bins).scatter_add_(1, index, torch.ones_like(values))
-    sums = values.new_zeros(len(values), bins).scatter_add_(1, index, values)
-    return sums / counts.clamp_min(1), counts
-
-
-@torch.no_grad()
-def choose_qparams(x: Tensor, bits: Tensor, symmetric: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Step size and offset of every format, each the best of 80 shrunken ranges under mean |x - x_hat|^2.4.
-
-    Args:
-        x: values per channel, float [C, M] (C = 1 for per-tensor formats).
-        bits: bit-widths of the R formats, int64 [R].
-        symmetric: bool [R]; symmetric formats have offset 0.
-        signed: False uses codes 0 .. 2^b - 1 (inputs without negative values).
-
-    Returns:
-        (scale, offset), float [R, C] each. Never worse than the unshrunken range. All-zero channels get a tiny positive step.
-
-    Source: EQ-Net section 3.2 and its released calibration (see header for what differs).
-    """
-    x = x.detach().float()
-    weight = torch.ones_like(x)
-    low, high = x.amin(1).clamp_max(0), x.amax(1).clamp_min(0)  # zero must stay representable
-    if x.shape[1] > 2 * HISTOGRAM_BINS:
-        x, weight = _summarise(x, HISTOGRAM_BINS)
-    levels = (2.0 ** bits.to(x)).view(-1, 1)  # [R, 1]
-    qmin = -levels / 2 if signed else torch.zeros_like(levels)
-    qmax = qmin + levels - 1
-    sym = symmetric.to(x.device).view(-1, 1)
-    peak = torch.maximum(-low, high) * (2 if signed else 1)
-    span = torch.where(sym, peak, high - low)  # [R, C]
-    floor = torch.where(span > 0, SCALE_EPS, 1e-4)  # an all-zero channel gets a step that lets it move
-    full_scale, full_offset = (span / (levels - 1)).maximum(floor), torch.where(sym, 0.0, low)
-    best = torch.full_like(span, torch.inf)
-    scale, offset = full_scale.clone(), torch.zeros_like(span)
-    total = weight.sum(1)
-    for i in range(CALIBRATION_CANDIDATES):
-        shrink = 1 - 0.01 * i
-        s = (full_scale * shrink).maximum(floor)
-        # beta is the real value of code 0: min + s * 2^(b-1) for signed codes, min for unsigned ones
-        beta = torch.where(sym, 0.0, full_offset * shrink - s * qmin)
-        z = zero_point(s, beta, qmin, qmax)
-        r = torch.clamp(x / s[..., None], (qmin - z)[..., None], (qmax - z)[..., None]).round_()  # [R, C, M]
-        distance = r.mul_(s[..., None]).sub_(x).abs_()
-        # d^2.4 through log2 and exp2: 2.5x faster than pow, and 0 stays 0
-        error = distance.log2_().mul_(CALIBRATION_NORM).exp2_().mul_(weight).sum(-1) / total
-        better = error < best
-        best = torch.where(better, error, best)
-        scale, offset = torch.where(better, s, scale), torch.where(better, -z * s, offset)
-    return scale, offset

@@ -35,7 +35,7 @@ class Formats(NamedTuple):
         offset_index: int64 [F, C].
         asymmetric: float [F, 1], 1 or 0.
         ranges: float [2, F, 2], (qmin, qmax) by signedness.
-        share: float [F, 1], part of the tensor that shares a step size.
+        groups: float [F, 1], number of step sizes that share the tensor.
         signed: int64 [1].
         row: int64 [1], the active format.
     """
@@ -44,7 +44,7 @@ class Formats(NamedTuple):
     offset_index: Tensor
     asymmetric: Tensor
     ranges: Tensor
-    share: Tensor
+    groups: Tensor
     signed: Tensor
     row: Tensor
 
@@ -109,10 +109,10 @@ def _table_gradients(
     """Row sums [R] to gradients of the tables, times g = 1 / sqrt(qmax * values that share a step size) (LSQ)."""
     row = formats.row
     index, offset_index = formats.index.index_select(0, row)[0], formats.offset_index.index_select(0, row)[0]
-    share, asymmetric = formats.share.index_select(0, row)[0], formats.asymmetric.index_select(0, row)[0]
+    groups, asymmetric = formats.groups.index_select(0, row)[0], formats.asymmetric.index_select(0, row)[0]
     if len(index) == 1:  # one channel, many rows
         ds, db = ds.sum(0, keepdim=True), db.sum(0, keepdim=True)
-    g = torch.rsqrt(bounds[1] * share * numel)
+    g = torch.rsqrt(bounds[1] * numel / groups)
     grad_scale = torch.zeros_like(scale).index_add(0, index, (ds * g).to(scale.dtype))
     grad_offset = torch.zeros_like(offset).index_add(0, offset_index, (db * g * asymmetric).to(offset.dtype))
     return grad_scale, grad_offset
@@ -219,7 +219,9 @@ def compiled_kernels() -> Kernels:
     """The kernels through `torch.compile`: one generated loop each (C++ on CPU, Triton on CUDA), for all formats and shapes."""
     options: dict[str, Any] = {"eager_numerics.division_rounding": True}  # x / s as IEEE says, as in eager mode
     functions = (_forward, _backward, moments, moments_gradient)
-    return Kernels(*(torch.compile(f, fullgraph=True, dynamic=True, recompile_limit=64, options=options) for f in functions))
+    return Kernels(
+        *(torch.compile(f, fullgraph=True, dynamic=True, recompile_limit=64, options=options) for f in functions)
+    )
 
 
 def choose_kernels(mode: CompileMode, device: torch.device) -> Kernels:

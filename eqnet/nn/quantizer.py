@@ -16,17 +16,15 @@ Shape legend: `R` formats (rows), `C` channels, `S` step sizes of the table, `A`
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from eqnet.nn.functional import choose_qparams, code_range, fake_quantize_active, quantize
+from eqnet.nn.calibration import Histogram, choose_qparams
+from eqnet.nn.functional import code_range, fake_quantize_active, quantize
 from eqnet.nn.kernels import EAGER, Formats, Kernels
 from eqnet.space import QuantFormat
-
-MAX_CALIBRATION_VALUES = 2**21  # values kept per observed tensor; evenly strided beyond that
 
 
 class ElasticQuantizer(nn.Module):
@@ -50,7 +48,7 @@ class ElasticQuantizer(nn.Module):
     offset_index: Tensor  # int64 [R, C]
     asymmetric: Tensor  # float [R, 1]
     ranges: Tensor  # float [2, R, 2], (qmin, qmax) by signedness
-    share: Tensor  # float [R, 1], part of the tensor that shares a step size
+    groups: Tensor  # float [R, 1], step sizes that share the tensor
 
     def __init__(
         self,
@@ -70,7 +68,7 @@ class ElasticQuantizer(nn.Module):
         self.broadcast = (1,) * ndim if axis is None else tuple(channels if d == axis else 1 for d in range(ndim))
         self.enabled = True
         self.observing = False
-        self._observed: list[Tensor] = []
+        self._observed: Histogram | None = None
         index, offset_index, entries, offsets = [], [], 0, 0
         for fmt in self.formats:
             width = channels if fmt.granularity == "channel" else 1
@@ -83,13 +81,13 @@ class ElasticQuantizer(nn.Module):
         # at least two entries: compiled code would need a variant for tables of one
         self.offset = nn.Parameter(torch.zeros(max(offsets, 2), device=device), requires_grad=offsets > 0)
         ranges = [[code_range(f.bits, s) for f in self.formats] for s in (False, True)]
-        share = [[1.0 if f.granularity == "tensor" else 1 / channels] for f in self.formats]
+        groups = [[1.0 if f.granularity == "tensor" else float(channels)] for f in self.formats]
         for name, table in {
             "index": torch.stack(index),
             "offset_index": torch.stack(offset_index),
             "asymmetric": torch.tensor([[float(not f.symmetric)] for f in self.formats]),
             "ranges": torch.tensor(ranges, dtype=torch.float32),  # [signed, R, 2]
-            "share": torch.tensor(share),
+            "groups": torch.tensor(groups),
         }.items():
             self.register_buffer(name, table.to(device) if device is not None else table, persistent=False)
         self.register_buffer("row", torch.zeros(1, dtype=torch.int64, device=device), persistent=False)
@@ -110,9 +108,7 @@ class ElasticQuantizer(nn.Module):
     @property
     def active(self) -> Formats:
         """What the rows of the tables mean, and the active one."""
-        return Formats(
-            self.index, self.offset_index, self.asymmetric, self.ranges, self.share, self.signed, self.row
-        )
+        return Formats(self.index, self.offset_index, self.asymmetric, self.ranges, self.groups, self.signed, self.row)
 
     @torch.no_grad()
     def qparams(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -146,40 +142,57 @@ class ElasticQuantizer(nn.Module):
 
         Args:
             x: a weight tensor, or inputs of any shape.
+
+        Raises:
+            ValueError: `x` has values that are not finite, or none (inputs).
         """
-        device = self.scale.device
-        flat = x.detach().reshape(1, -1).float().to(device)
+        x = x.detach().to(self.scale.device, torch.float32)
+        rows = range(len(self.formats))
         if self.axis is None:
-            self.signed.fill_(int(bool((flat < 0).any())))
-        signed = bool(self.signed)
-        per_channel = None if self.axis is None else x.detach().float().movedim(self.axis, 0).flatten(1).to(device)
-        for granularity, values in (("tensor", flat), ("channel", per_channel)):
-            rows = [r for r, f in enumerate(self.formats) if f.granularity == granularity]
-            if not rows or values is None:
-                continue
-            bits = torch.tensor([self.formats[r].bits for r in rows], device=device)
-            symmetric = torch.tensor([self.formats[r].symmetric for r in rows], device=device)
-            for start in range(0, len(values), 64):  # blocks of channels bound the memory
-                scale, offset = choose_qparams(values[start : start + 64], bits, symmetric, signed)
-                stop = start + scale.shape[1]
-                for i, r in enumerate(rows):
-                    span = slice(start, stop) if granularity == "channel" else slice(0, 1)
-                    self.scale[self.index[r, span]] = scale[i]
-                    if not self.formats[r].symmetric:
-                        self.offset[self.offset_index[r, span]] = offset[i]
+            values = Histogram(x.device)
+            values.add(x)
+            self._set_rows(values, rows)
+        else:
+            for granularity, channels in (
+                ("tensor", x.reshape(1, -1)),
+                ("channel", x.movedim(self.axis, 0).flatten(1)),
+            ):
+                self._set_rows(channels, [r for r in rows if self.formats[r].granularity == granularity])
         self.calibrated.fill_(True)
 
+    def _set_rows(self, values: Tensor | Histogram, rows: Sequence[int]) -> None:
+        """Sets rows of one granularity from values [C, M], or from a histogram, which also decides the signedness."""
+        if not rows:
+            return
+        if isinstance(values, Histogram):
+            self.signed.fill_(int(float(values.low) < 0))
+        bits, symmetric = zip(*((self.formats[r].bits, self.formats[r].symmetric) for r in rows), strict=True)
+        scale, offset = choose_qparams(values, torch.tensor(bits), torch.tensor(symmetric), bool(self.signed))
+        width = scale.shape[1]
+        for r, row_scale, row_offset in zip(rows, scale, offset, strict=True):
+            self.scale[self.index[r, :width]] = row_scale
+            if not self.formats[r].symmetric:
+                self.offset[self.offset_index[r, :width]] = row_offset
+
+    @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
-        """Calibrates on everything seen since observation began (a layer may be called more than once)."""
-        flat = x.detach().flatten()
-        stride = -(-flat.numel() // MAX_CALIBRATION_VALUES)
-        if stride > 1:
-            while math.gcd(stride, flat.numel()) > 1:  # else only some channels or columns would be visited
-                stride += 1
-            # a strided sample may miss the few extreme or negative values
-            flat = torch.cat([flat[::stride], flat.amin().view(1), flat.amax().view(1)])
-        self._observed.append(flat.float())
-        self.calibrate(torch.cat(self._observed))
+        """Counts the values of `x` and sets the active row, with which what comes next runs, from all counted so far."""
+        if self._observed is None:
+            self._observed = Histogram(self.scale.device)
+        self._observed.add(x)
+        self._set_rows(self._observed, [int(self.row)])
+
+    @torch.no_grad()
+    def finish_observation(self) -> None:
+        """Sets every row from the inputs that passed while `observing`, if any did, and stops observing."""
+        if self._observed is not None:
+            self._set_rows(self._observed, range(len(self.formats)))
+            self.calibrated.fill_(True)
+        self.cancel_observation()
+
+    def cancel_observation(self) -> None:
+        """Stops observing and forgets what was observed; the rows stay as they are."""
+        self.observing, self._observed = False, None
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

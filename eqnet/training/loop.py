@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from eqnet.checkpoint import load_float_weights, save_tensors
 from eqnet.command import Interrupted
 from eqnet.data import Batches, DataSplits, calibration_batches
-from eqnet.nn.functional import SCALE_EPS
+from eqnet.nn.kernels import SCALE_EPS, Kernels, choose_kernels
 from eqnet.nn.supernet import Supernet, kept_batch_norm
 from eqnet.run import Checkpoint, Run, create_float_model
 from eqnet.settings import Settings
@@ -43,6 +43,7 @@ from eqnet.training.step import Criterion, supernet_step
 ComputeStep = Callable[[Tensor, Tensor, int], dict[str, Tensor]]
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # in the words of accelerate
+COMPILE_PAYS = 3e9  # quantized inputs of a whole run on CPU from which compiling, 10 to 20 s, saves more than it costs
 STOP_CHECK_STEPS = 10  # processes agree on a received signal this often
 
 
@@ -161,6 +162,7 @@ class Trainer:
             count, device = t.calibration_images, self.accelerator.device
             (images,) = calibration_batches(self.data, count, count, s.seed, device, s.data.workers)
             supernet.calibrate(images)
+        supernet.use_kernels(self._kernels(supernet))
         ema = None if t.ema_decay is None else ModelEmaV3(supernet, decay=t.ema_decay)
         groups = parameter_groups(
             supernet,
@@ -193,6 +195,14 @@ class Trainer:
         trained = supernet if ema is None else ema.module
         assert isinstance(trained, Supernet)
         return trained.eval()
+
+    def _kernels(self, supernet: Supernet) -> Kernels:
+        mode, device = self.settings.train.compile, self.accelerator.device
+        values = sum(layer.act_numel for layer in supernet.space.layers) * self.settings.data.batch_size // self.world
+        steps = self.settings.train.epochs * len(self.batches) * (2 + self.settings.train.num_random)
+        if mode == "auto" and device.type == "cpu" and values * steps < COMPILE_PAYS:
+            mode = "off"
+        return choose_kernels(mode, device)
 
     def _to_device(self, model: nn.Module) -> nn.Module:
         layout = torch.channels_last if self.settings.train.channels_last else torch.contiguous_format

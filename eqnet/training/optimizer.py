@@ -97,7 +97,13 @@ def parameter_groups(
     groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
         {"params": [p for p in rest if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
-        {"params": [p for p in step_sizes if p.requires_grad], "lr": step_size_lr, "weight_decay": 0.0, "per_entry": True, "positive": True},
+        {
+            "params": [p for p in step_sizes if p.requires_grad],
+            "lr": step_size_lr,
+            "weight_decay": 0.0,
+            "per_entry": True,
+            "positive": True,
+        },
         {"params": [p for p in offsets if p.requires_grad], "lr": step_size_lr, "weight_decay": 0.0, "per_entry": True},
     ]
     for group in groups:
