@@ -13,7 +13,7 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 import eqnet.nn.models  # noqa: F401  registers the CIFAR ResNets with timm
-from benchmarks.timing import interleave
+from benchmarks.timing import interleave, ratio
 from eqnet.nn.kernels import choose_kernels
 from eqnet.nn.supernet import Supernet
 from eqnet.settings import TrainSettings
@@ -36,6 +36,12 @@ from eqnet.training.step import supernet_step
 NETS = {
     "resnet18, 224 px, batch 16": ("resnet18", 224, 16, 1000),
     "cifar_resnet20, 32 px, batch 128": ("cifar_resnet20", 32, 128, 10),
+}
+GROWTH = {
+    "cifar_resnet20, 32 px, batch 16": ("cifar_resnet20", 32, 16, 10),
+    "cifar_resnet20, 32 px, batch 64": ("cifar_resnet20", 32, 64, 10),
+    "cifar_resnet20, 32 px, batch 256": ("cifar_resnet20", 32, 256, 10),
+    "cifar_resnet56, 32 px, batch 64": ("cifar_resnet56", 32, 64, 10),
 }
 SHORT = {"cifar_resnet20, 16 px, batch 8": ("cifar_resnet20", 16, 8, 10)}
 # name: (supernet or float, compile mode, precision, layout)
@@ -54,7 +60,7 @@ UNIT = "float32, contiguous"
 
 def make_step(net: str, variant: str) -> Callable[[], None]:
     """Three float steps, or one step of the supernet, on fixed random images."""
-    name, size, batch, classes = {**NETS, **SHORT}[net]
+    name, size, batch, classes = {**NETS, **GROWTH, **SHORT}[net]
     kind, mode, precision, layout = VARIANTS[variant]
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=classes).to(memory_format=layout).train()
@@ -114,25 +120,66 @@ def peak_memory(net: str, variant: str) -> float:
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
+PARTS = {  # where the time goes: operations as the profiler names them
+    "convolutions": ("aten::mkldnn_convolution", "aten::convolution_backward", "aten::addmm", "aten::mm"),
+    "batch norm": ("aten::native_batch_norm", "aten::native_batch_norm_backward"),
+    "activation functions": ("aten::threshold_backward", "aten::relu"),
+    "quantizers": ("_FakeQuantize", "_FakeQuantizeBackward"),
+    "WDR": ("_Moments", "_MomentsBackward"),
+    "optimizer": ("Optimizer.step#SupernetAdamW.step", "Optimizer.step#AdamW.step"),
+}
+
+
+def profiled(step: Callable[[], None]) -> dict[str, float]:
+    """Shares of a step, in percent of its time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step()
+    events = profiler.key_averages()
+    total = sum(e.self_cpu_time_total for e in events)
+    spent = {e.key: e.cpu_time_total for e in events}
+    shares = {part: 100 * sum(spent.get(name, 0.0) for name in names) / total for part, names in PARTS.items()}
+    return {**shares, "everything else": 100 - sum(shares.values())}
+
+
+def measured(net: str, variants: Iterable[str], rounds: int, warmup: int) -> dict[str, dict[str, Any]]:
+    """One row per variant: seconds with quartiles, and ratios against the unit and the floor where those are variants."""
+    timings = interleave({v: make_step(net, v) for v in variants}, rounds, warmup)
+    rows: dict[str, dict[str, Any]] = {}
+    for variant, timing in timings.items():
+        rows[variant] = {"seconds": timing.median, "quartiles": [timing.low, timing.high]}
+        for name, other in ((f"/ {UNIT}", UNIT), ("/ its floor", FLOORS[VARIANTS[variant][2]])):
+            if other in timings:
+                rows[variant][name] = ratio(timings, variant, other)
+    return rows
+
+
 def run(short: bool) -> dict[str, Any]:
-    """Seconds, ratios and memory of all variants of both networks."""
+    """Seconds, ratios and memory of all variants of both networks, shares of a step, and growth with batch and depth."""
     out: dict[str, Any] = {}
+    rounds, warmup = (1, 1) if short else (9, 2)
     for net in SHORT if short else NETS:
-        timings = interleave(
-            {v: make_step(net, v) for v in VARIANTS}, rounds=1 if short else 9, warmup=1 if short else 2
-        )
-        rows = {}
-        for variant, timing in timings.items():
-            unit, floor = timings[UNIT].median, timings[FLOORS[VARIANTS[variant][2]]].median
-            rows[variant] = {
-                "seconds": timing.median,
-                "quartiles": [timing.low, timing.high],
-                "against float32 contiguous": timing.median / unit,
-                "against its floor": timing.median / floor,
-            }
-            if not short:
-                rows[variant]["peak memory [MiB]"] = peak_memory(net, variant)
-        out[net] = rows
+        out[net] = measured(net, VARIANTS, rounds, warmup)
+        if not short:
+            for variant, row in out[net].items():
+                row["peak memory [MiB]"] = peak_memory(net, variant)
+                row["/ memory of its floor"] = (
+                    row["peak memory [MiB]"] / out[net][FLOORS[VARIANTS[variant][2]]]["peak memory [MiB]"]
+                )
+        for variant in ("supernet float32, compiled", "supernet bf16, compiled"):
+            step = make_step(net, variant)
+            for _ in range(warmup):
+                step()
+            out.setdefault(f"{net}: where the time goes [%]", {})[variant] = profiled(step)
+    pair = ("float32, channels_last", "supernet float32, compiled")
+    out["growth"] = {
+        net: {
+            "float": rows[pair[0]]["seconds"],
+            "supernet": rows[pair[1]]["seconds"],
+            "ratio": rows[pair[1]]["/ its floor"],
+        }
+        for net in ({} if short else GROWTH)
+        for rows in [measured(net, pair, 5, 2)]
+    }
     return out
 
 
