@@ -1,9 +1,9 @@
 """Speed benchmarks: every figure is a ratio against its floor, measured side by side in one run.
 
-    python -m benchmarks [topic ...] [--short] [--output folder]
+    python -m benchmarks [topic ...] [--short] [--output folder] [--page docs/performance.md]
 
-Prints a table per topic and writes `<topic>.json` into the folder. All topics take about a quarter of an hour on 2 cores; `--short` runs
-everything on tiny nets in about a minute, to see that it works.
+Prints tables and writes `<topic>.json` into the folder. All topics take about a quarter of an hour on 2 cores; `--short` runs
+everything on tiny nets in about a minute, to see that it works. `--page` fills a page with the tables of the folder.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from eqnet.checkpoint import write_json
+from benchmarks.tables import fill, show
+from eqnet.checkpoint import atomic_write_bytes, write_json
 
 TOPICS = ("training_step", "calibration_speed", "evaluation_speed", "search_speed")
 
@@ -43,40 +43,18 @@ def machine() -> dict[str, Any]:
     }
 
 
-def show(console: Console, title: str, rows: dict[str, Any]) -> None:
-    """A table of named rows of figures; what nests deeper becomes tables of its own."""
-    flat = {name: row for name, row in rows.items() if isinstance(row, dict)}
-    for name, row in flat.items():
-        if any(isinstance(value, dict) for value in row.values()):
-            show(console, f"{title}: {name}", row)
-    leaves = {name: row for name, row in flat.items() if not any(isinstance(v, dict) for v in row.values())}
-    if leaves:
-        columns = list(dict.fromkeys(column for row in leaves.values() for column in row))
-        table = Table("", *columns, title=title, title_justify="left")
-        for name, row in leaves.items():
-            table.add_row(name, *(figure(row.get(column)) for column in columns))
-        console.print(table)
-    for name, value in rows.items():
-        if not isinstance(value, dict):
-            console.print(f"{title}: {name}: {figure(value)}")
-
-
-def figure(value: Any) -> str:
-    """Four significant digits."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return " - ".join(figure(v) for v in value)
-    return "" if value is None else str(value)
-
-
 def main() -> None:
     """Runs the topics one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("topics", nargs="*", choices=[*TOPICS, []], default=list(TOPICS), metavar="topic")
     parser.add_argument("--short", action="store_true", help="tiny nets, to see that it works")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"))
+    parser.add_argument("--page", type=Path, help="fill this page with the tables of the folder; measure nothing")
     arguments = parser.parse_args()
+    if arguments.page is not None:
+        page = arguments.page.read_text()
+        atomic_write_bytes(arguments.page, fill(page, arguments.output).encode())
+        return
     console = Console(width=170, highlight=False)
     arguments.output.mkdir(parents=True, exist_ok=True)
     for topic in arguments.topics or TOPICS:
