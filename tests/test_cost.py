@@ -30,6 +30,7 @@ from eqnet.space import (
     weight_bits,
     weight_compression,
 )
+from eqnet.space.cost import CostTable
 
 NETS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0")
 
@@ -148,6 +149,17 @@ def test_layers_add_up(name: str):
         assert (parts[:, [0, 3]] == 0).all()  # the pinned ends do not count
     assert (cost(genomes[:7]) == cost(genomes)[:7]).all()
     assert cost(genomes[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_costs_looked_up_together_are_the_same(count: int):
+    space = QuantSpace.from_layers(make_layers(), float_numel=7, ties=[("b", "c")])
+    costs = [build(space) for build in COSTS.values()][:count]
+    genomes = space.random_genomes(np.random.default_rng(0), 3000)
+    values = CostTable(costs)(genomes)
+    assert values.shape == (3000, count)
+    assert (values == np.stack([cost(genomes) for cost in costs], 1)).all()
+    assert CostTable(costs)(genomes[:0]).shape == (0, count)
 
 
 @pytest.mark.parametrize("name", COSTS)
@@ -377,19 +389,74 @@ def test_repair_meets_the_budget_or_bind_says_it_cannot(data: st.DataObject, see
     assert (space.form_of(bound.repair(shared, rng)) >= 0).all()
 
 
+def has_room(bound: BoundBudget, genome: np.ndarray) -> bool:
+    """Whether some step up of one gene keeps all limits."""
+    steps = bound.space.step_up[np.arange(bound.space.num_genes), genome]
+    more = np.where(np.eye(len(genome), dtype=bool), steps, genome)[steps >= 0]
+    return bool(bound.feasible(more).any())
+
+
 @given(st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_filled_genomes_have_no_room_for_one_more_step(data: st.DataObject):
     space = data.draw(spaces())
-    cost = data.draw(st.sampled_from(list(COSTS)))
-    largest = COSTS[cost](space).of(space.largest(space.forms[-1]))
-    bound = Budget(((cost, (COSTS[cost](space).minimum + largest) / 2),)).bind(space)
+    names = data.draw(st.lists(st.sampled_from(list(COSTS)), min_size=1, max_size=3, unique=True))
+    costs = [COSTS[name](space) for name in names]
+    largest = space.largest(space.forms[-1])
+    bound = Budget(tuple((cost.name, (cost.minimum + cost.of(largest)) / 2) for cost in costs)).bind(space)
     rng = np.random.default_rng(0)
-    for genome in bound.fill(bound.repair(space.random_genomes(rng, 5), rng), rng):
-        for gene, step in enumerate(space.step_up[np.arange(space.num_genes), genome]):
-            more = genome.copy()
-            more[gene] = step
-            assert step < 0 or not bound.feasible(more[None])[0]
+    filled = bound.fill(bound.repair(space.random_genomes(rng, 5), rng), rng)
+    assert bound.feasible(filled).all()
+    assert not any(has_room(bound, genome) for genome in filled)
+
+
+def test_filling_visits_all_groups_of_a_deep_network(imagenet_spaces: dict[str, QuantSpace]):
+    space = imagenet_spaces["efficientnet_b0"]
+    form = ALL_FORMS[0]
+    bound = Budget.parse("3,bitops=5G").bind(space)
+    rng = np.random.default_rng(0)
+    start = np.repeat(space.encode_all([space.smallest(form)]), 10, 0)
+    filled = bound.fill(start, rng)
+    assert bound.feasible(filled).all()
+    assert not any(has_room(bound, genome) for genome in filled)
+    assert len(np.unique(filled, axis=0)) == 10
+    assert (space.form_of(filled) == 0).all()
+    everything = Budget.parse("8").bind(space).fill(start, rng)
+    assert (everything == space.encode(space.largest(form))).all()
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_repair_of_one_limit_goes_down_only_and_not_further_than_needed(data: st.DataObject):
+    space = data.draw(spaces())
+    cost = COSTS[data.draw(st.sampled_from(list(COSTS)))](space)
+    limit = cost.minimum + data.draw(st.floats(0.1, 0.9)) * (cost.of(space.largest(space.forms[-1])) - cost.minimum)
+    bound = Budget(((cost.name, limit),)).bind(space)
+    rng = np.random.default_rng(0)
+    genomes = MeanBitsSampler(space).sample(rng, 10)
+    columns = np.arange(space.num_genes)
+    for genome, repaired in zip(genomes, bound.repair(genomes, rng), strict=True):
+        if space.form_of(genome[None]) != space.form_of(repaired[None]):
+            continue  # no config of its form is cheap enough
+        before, after = (space.bits[columns, g] for g in (genome, repaired))
+        assert (after <= before).all()
+        stepped = np.flatnonzero(after < before)
+        back = np.where(np.eye(space.num_genes, dtype=bool), space.step_up[columns, repaired], repaired)[stepped]
+        if len(stepped):  # undoing the largest step would exceed the limit
+            assert cost(back).max() > limit
+
+
+def test_costs_that_are_no_whole_numbers_keep_their_limits():
+    """Seconds add up to slightly different sums in another order; a limit is a limit all the same."""
+    space = QuantSpace.from_layers(make_layers(), fixed="none")
+    latency = CostModel(space, "bitops", "bitops", lambda layer, weight, act: 1e-7 * layer.macs * weight.bits**0.5 / 3)
+    rng = np.random.default_rng(0)
+    genomes = space.random_genomes(rng, 300)
+    for limit in latency(genomes[:40]):  # limits that are met exactly
+        bound = BoundBudget(space, [latency], np.array([limit]), np.array([-np.inf]))
+        filled = bound.fill(bound.repair(genomes, rng), rng)
+        assert (latency(filled) <= limit).all()
+        assert (bound.values(filled)[:, 0] == latency(filled)).all()
 
 
 @pytest.mark.parametrize("net", NETS)

@@ -170,6 +170,43 @@ def test_winners_are_distinct_and_sorted(small: QuantSpace) -> None:
 
 
 @pytest.mark.parametrize("search", ["genetic", "pareto"])
+def test_no_config_is_scored_twice(small: QuantSpace, search: str) -> None:
+    score, budget = Truth(small), Budget.parse("4").bind(small)
+    seen: list[Genomes] = []
+
+    def recorded(genomes: Genomes) -> Floats:
+        seen.append(genomes)
+        return score(genomes)
+
+    if search == "genetic":
+        result = genetic_search(small, recorded, budget, seed=0, generations=30, top_k=40)
+        every = np.concatenate(seen)
+        assert result.evaluations == len(every)
+        np.testing.assert_allclose(result.scores, np.sort(score(every))[::-1][:40])  # and the best of all are returned
+    else:
+        found = pareto_search(small, recorded, budget.costs[0], seed=0, population=40, generations=30)
+        every = np.concatenate(seen)
+        exact = front(every, score(every), budget.costs[0](every))
+        np.testing.assert_array_equal(found.scores, exact.scores)
+    assert len(np.unique(every, axis=0)) == len(every)
+    assert min(map(len, seen)) > 0
+
+
+def test_a_space_that_is_soon_seen_whole() -> None:
+    space = make_space(
+        [8, 4, 6], bits=[2, 4], symmetric=[True], granularity=["tensor"]
+    )  # 4 configs: the ends are fixed
+    for budget, count in (("4", 4), ("w=2", 2)):
+        bound = Budget.parse(budget).bind(space)
+        result = genetic_search(space, Truth(space), bound, seed=0, population=4, generations=20, top_k=9)
+        assert result.evaluations == len(result.genomes) == count
+        assert len(result.history) == 21
+        assert (np.diff(result.scores) < 0).all()
+    found = pareto_search(space, Truth(space), COSTS["size"](space), seed=0, population=4, generations=5)
+    check_front(found, Truth(space), COSTS["size"](space))
+
+
+@pytest.mark.parametrize("search", ["genetic", "pareto"])
 def test_a_seed_says_it_all_and_global_state_is_left_alone(small: QuantSpace, search: str) -> None:
     score, budget = Truth(small), Budget.parse("4").bind(small)
 

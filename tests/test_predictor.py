@@ -136,6 +136,21 @@ def test_refit_uses_the_held_out_rows_but_leaves_the_metrics(truth: Truth) -> No
     assert error[1] < error[0]
 
 
+def test_a_refitted_predictor_is_one_fitted_on_all_rows(truth: Truth) -> None:
+    genomes, accuracy = truth.table(60)
+    first = AccuracyPredictor(truth.space, PredictorRecipe(epochs=50))
+    metrics = first.fit(genomes[:50], accuracy[:50], seed=0)
+    before = first.score(genomes)
+    second = first.refitted(genomes, accuracy, seed=4)
+    whole = AccuracyPredictor(truth.space, first.recipe)
+    whole.fit(genomes, accuracy, seed=4)
+    np.testing.assert_array_equal(second.score(genomes), whole.score(genomes))
+    np.testing.assert_array_equal(first.score(genomes), before)
+    assert second.metrics == metrics
+    with pytest.raises(ValueError, match="60 configs but accuracies of shape"):
+        first.refitted(genomes, accuracy[:50], seed=0)
+
+
 def test_a_seed_says_it_all_and_global_state_is_left_alone(truth: Truth) -> None:
     table = truth.table(60)
 
@@ -166,6 +181,68 @@ def test_a_saved_predictor_scores_identically(truth: Truth, predictor: AccuracyP
     assert loaded.metrics == predictor.metrics
 
 
+def float64_scores(path: Path, space: QuantSpace, genomes: Genomes, recipe: PredictorRecipe) -> NDArray[np.float64]:
+    """What the networks of a saved predictor say, from `features` on, in float64 and layer by layer."""
+    tensors = {name: tensor.double().numpy() for name, tensor in load_tensors(path).items()}
+    inputs = space.features(genomes).astype(float)
+    if recipe.inputs == "smooth":
+        bits = np.arange(2, 9)
+        basis = np.stack([bits / 8, 2.0 ** (2 - bits), 4.0 ** (2 - bits)], 1)
+        smooth = inputs[:, 6:].reshape(len(genomes), -1, 7) @ basis
+        inputs = np.concatenate([inputs[:, :6], smooth.reshape(len(genomes), -1)], 1)
+    inputs = (inputs - tensors["input"][0]) * tensors["input"][1]
+    outputs = []
+    for k in range(recipe.members):
+        hidden = inputs
+        for i in range(recipe.depth):
+            hidden = np.maximum(hidden @ tensors[f"weight.{i}"][k] + tensors[f"bias.{i}"][k], 0)
+        output = hidden @ tensors[f"weight.{recipe.depth}"][k]
+        if recipe.linear_path:
+            output = output + inputs @ tensors["linear"][k]
+        outputs.append(output[:, 0])
+    mean, deviation = tensors["target"]
+    return np.mean(outputs, 0) * deviation + mean
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        PredictorRecipe(epochs=20),
+        PredictorRecipe(epochs=20, depth=3, hidden=20, members=2),
+        PredictorRecipe(epochs=20, linear_path=False, members=1),
+        PredictorRecipe(epochs=20, inputs="onehot", standardize=False),
+        replace(PAPER_RECIPE, epochs=2),
+    ],
+    ids=["default", "deep", "no linear path", "one-hot", "paper"],
+)
+def test_predictions_are_those_of_the_networks_up_to_rounding(tmp_path: Path, recipe: PredictorRecipe) -> None:
+    layers = [LayerInfo(f"l{i}", "conv", (8, 8, 3, 3), 9 * 64 * 64, 8 * 64, calls=int(i != 4)) for i in range(9)]
+    space = QuantSpace.from_layers(layers, ties=[("l2", "l6")])  # tied layers, and one with inputs in floating point
+    genomes = space.random_genomes(np.random.default_rng(0), 1200)
+    accuracy = space.bits[np.arange(space.num_genes), genomes].sum(1) / 2
+    predictor = AccuracyPredictor(space, recipe)
+    predictor.fit(genomes[:60], accuracy[:60], seed=0)
+    predictor.save(tmp_path / "p.safetensors")
+    expected = float64_scores(tmp_path / "p.safetensors", space, genomes, recipe)
+    assert expected.std() > 0.01
+    np.testing.assert_allclose(predictor.score(genomes), expected, rtol=0, atol=1e-4)
+
+
+def test_a_score_depends_on_nothing_but_the_config(truth: Truth, predictor: AccuracyPredictor) -> None:
+    genomes = truth.space.random_genomes(np.random.default_rng(0), 1100)
+    scores = predictor.score(genomes)
+    np.testing.assert_array_equal(predictor.score(genomes[::-1])[::-1], scores)
+    np.testing.assert_array_equal([predictor.score(g[None])[0] for g in genomes[:20]], scores[:20])
+    assert predictor.score(genomes[:0]).shape == (0,)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        np.testing.assert_array_equal(predictor.score(genomes), scores)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_files_of_other_spaces_and_other_files_are_refused(predictor: AccuracyPredictor, tmp_path: Path) -> None:
     path = tmp_path / "predictor.safetensors"
     predictor.save(path)
@@ -186,6 +263,14 @@ def test_one_predictor_scores_restricted_spaces(predictor: AccuracyPredictor, na
     genomes = restricted.random_genomes(np.random.default_rng(0), 20)
     same = predictor.space.encode_all([restricted.decode(g) for g in genomes])
     np.testing.assert_array_equal(predictor.score(genomes, restricted), predictor.score(same))
+
+
+def test_restricted_spaces_may_take_turns(predictor: AccuracyPredictor) -> None:
+    low, high = (predictor.space.restrict(lambda layer, slot, fmt, b=b: fmt.bits in (*b, 8)) for b in ((2, 3), (6, 7)))
+    genomes = low.random_genomes(np.random.default_rng(0), 20)
+    first, second = predictor.score(genomes, low), predictor.score(genomes, high)
+    assert (first < second).all()
+    np.testing.assert_array_equal(predictor.score(genomes, low), first)
 
 
 def test_foreign_spaces_are_refused(predictor: AccuracyPredictor) -> None:

@@ -431,6 +431,17 @@ def test_conditions_of_mixed_networks_are_shares():
     assert space.features(space.encode_all([config]))[0, :2].tolist() == [0.75, 0.25]
 
 
+@settings(max_examples=30, deadline=None)
+@given(spaces(), seeds)
+def test_features_are_a_sum_over_genes(space: QuantSpace, seed: int):
+    """What the predictor's table of formats rests on."""
+    first = space.features(np.zeros((1, space.num_genes), np.int16))
+    genome = space.random_genomes(np.random.default_rng(seed), 1)
+    alone = np.where(np.eye(space.num_genes, dtype=bool), genome, 0).astype(np.int16)
+    total = first + (space.features(alone) - first).sum(0, keepdims=True)
+    np.testing.assert_allclose(space.features(genome), total, atol=1e-5)
+
+
 # -- steps ------------------------------------------------------------------------------------------------------------
 
 

@@ -11,95 +11,32 @@ layer runs beside a linear path, and a few such networks are averaged. On synthe
 give Kendall's tau of 0.91 to 0.93, and 0.38 to 0.82 with the paper's recipe. The official code computes tau and drops it; here
 rank quality on held-out rows is what `fit` returns.
 
-Shape legend: `N` configs, `G` genes, `F` features, `I` inputs of the networks, `K` networks of the ensemble, `H` hidden units.
+Shape legend: `N` configs, `G` genes, `I` inputs of the networks.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import safetensors
 import safetensors.torch
-import scipy.stats
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from eqnet.checkpoint import atomic_write_bytes, load_tensors
+from eqnet.scoring.ensemble import PAPER_RECIPE as PAPER_RECIPE
+from eqnet.scoring.ensemble import Ensemble, FoldedEnsemble, PredictorRecipe
 from eqnet.space.space import Genomes, QuantSpace
 
 Floats = NDArray[np.float64]
 MIN_ROWS = 10
 _FORMAT = "eqnet predictor 1"
-_CHUNK = 4096  # rows scored at a time, so that features and hidden units stay in the cache
-_PAIR_SHIFTS = 8  # partners of each row in one step of the ranking loss
-
-
-@dataclass(frozen=True, slots=True)
-class PredictorRecipe:
-    """Architecture and training of a predictor.
-
-    Attributes:
-        hidden: units of each hidden layer.
-        depth: number of hidden layers (Linear + ReLU); a linear output without bias follows.
-        members: networks averaged; they differ in their initial weights.
-        inputs: "onehot" feeds the features as they are, "smooth" three smooth functions of the bits of each layer.
-        linear_path: adds a linear map from the inputs to the output of each network.
-        standardize: inputs and targets to mean 0 and deviation 1; otherwise targets are accuracy / 100.
-        epochs: passes over the table; the learning rate falls to 0 along a cosine.
-        batch_size: rows of a step; None means all, where the number of steps acts as the regularizer.
-        learning_rate: of Adam, at the first step.
-        weight_decay: of Adam, as a gradient of the squared weights.
-        ranking_weight: weight of a logistic loss on the order of random pairs, beside the SmoothL1 loss.
-    """
-
-    hidden: int = 64
-    depth: int = 1
-    members: int = 4
-    inputs: Literal["smooth", "onehot"] = "smooth"
-    linear_path: bool = True
-    standardize: bool = True
-    epochs: int = 200
-    batch_size: int | None = None
-    learning_rate: float = 4e-3
-    weight_decay: float = 3e-3
-    ranking_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("hidden", "depth", "members", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"predictor.{name} must be at least 1; got {getattr(self, name)}.")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"predictor.batch_size must be at least 1, or None for all rows; got {self.batch_size}.")
-        if self.inputs not in ("smooth", "onehot"):
-            raise ValueError(f"predictor.inputs must be 'smooth' or 'onehot'; got {self.inputs!r}.")
-        if self.learning_rate <= 0 or self.weight_decay < 0 or self.ranking_weight < 0:
-            raise ValueError(
-                "predictor.learning_rate must be positive; its weight_decay and ranking_weight not negative."
-            )
-
-
-PAPER_RECIPE = PredictorRecipe(
-    hidden=200,
-    depth=7,
-    members=1,
-    inputs="onehot",
-    linear_path=False,
-    standardize=False,
-    epochs=100,
-    batch_size=256,
-    learning_rate=4e-4,
-    weight_decay=1e-5,
-)
-"""The official recipe (learning rate constant there); it wants the 6400 rows of the paper."""
 
 
 class HeldOut(NamedTuple):
@@ -135,6 +72,8 @@ def rank_metrics(predicted: ArrayLike, measured: ArrayLike) -> dict[str, float]:
         raise ValueError(
             f"rank metrics need two lists of the same length of at least 2; got shapes {x.shape}, {y.shape}."
         )
+    import scipy.stats  # takes as long to import as half of torch, and scoring does not need it
+
     out = {"kendall": 0.0, "spearman": 0.0, "pearson": 0.0}
     if np.ptp(x) > 0 and np.ptp(y) > 0:
         out["kendall"] = float(scipy.stats.kendalltau(x, y).statistic)
@@ -159,7 +98,9 @@ class AccuracyPredictor:
         self.recipe = recipe or PredictorRecipe()
         self.metrics: dict[str, float] = {}
         self.held_out: HeldOut | None = None
-        self._ensemble: _Ensemble | None = None
+        self._ensemble: Ensemble | None = None
+        self._folded: FoldedEnsemble | None = None
+        self._translation: tuple[QuantSpace, NDArray[np.int16]] | None = None  # of the last space that was not `space`
 
     def fit(self, genomes: Genomes, accuracy: ArrayLike, *, seed: int, refit: bool = True) -> dict[str, float]:
         """Fits to measured accuracy, in seconds; the same seed gives the same predictor.
@@ -182,11 +123,28 @@ class AccuracyPredictor:
         targets = _checked_table(self.space, genomes, accuracy)
         inputs = self._inputs(genomes)
         kept, held_out = _split(len(targets), seed)
-        ensemble = _Ensemble.fit(inputs[kept], targets[kept], self.recipe, seed)
-        self.held_out = HeldOut(ensemble.predict(inputs[held_out]), targets[held_out])
+        ensemble = Ensemble.fit(inputs[kept], targets[kept], self.recipe, seed)
+        self.held_out = HeldOut(self._fold(ensemble).predict(genomes[held_out]), targets[held_out])
         self.metrics = rank_metrics(*self.held_out)
-        self._ensemble = _Ensemble.fit(inputs, targets, self.recipe, seed) if refit else ensemble
+        self._keep(Ensemble.fit(inputs, targets, self.recipe, seed) if refit else ensemble)
         return dict(self.metrics)
+
+    def refitted(self, genomes: Genomes, accuracy: ArrayLike, *, seed: int) -> AccuracyPredictor:
+        """A predictor of the same recipe and metrics, fitted on all rows of another table: half the work of `fit`.
+
+        Args:
+            genomes: configs measured, [N, G] of `self.space`.
+            accuracy: top-1 in percent, [N].
+            seed: of the initial weights.
+
+        Raises:
+            ValueError: as for `fit`.
+        """
+        targets = _checked_table(self.space, genomes, accuracy)
+        other = AccuracyPredictor(self.space, self.recipe)
+        other.metrics, other.held_out = dict(self.metrics), self.held_out
+        other._keep(Ensemble.fit(self._inputs(genomes), targets, self.recipe, seed))
+        return other
 
     def score(self, genomes: Genomes, space: QuantSpace | None = None) -> Floats:
         """Predicted accuracy in percent, float64 [N].
@@ -198,14 +156,13 @@ class AccuracyPredictor:
         Raises:
             ValueError: not fitted yet, or a space that is not contained in the one the predictor was fitted for.
         """
-        if self._ensemble is None:
+        if self._folded is None:
             raise ValueError("the predictor has not been fitted; call fit() or load one.")
         if space is not None and space is not self.space:
-            genomes = _translated(self.space, genomes, space)
-        out = np.empty(len(genomes))
-        for i in range(0, len(genomes), _CHUNK):
-            out[i : i + _CHUNK] = self._ensemble.predict(self._inputs(genomes[i : i + _CHUNK]))
-        return out
+            if self._translation is None or self._translation[0] is not space:
+                self._translation = (space, _translation(self.space, space))
+            genomes = self._translation[1][np.arange(space.num_genes), genomes]
+        return self._folded.predict(genomes)
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, with the recipe and the space in its header, atomically.
@@ -247,8 +204,19 @@ class AccuracyPredictor:
         predictor = AccuracyPredictor(space, PredictorRecipe(**json.loads(header["recipe"])))
         predictor.held_out = HeldOut(*tensors.pop("held_out").numpy())
         predictor.metrics = rank_metrics(*predictor.held_out)
-        predictor._ensemble = _Ensemble(tensors)
+        predictor._keep(Ensemble(tensors))
         return predictor
+
+    def _keep(self, ensemble: Ensemble) -> None:
+        self._ensemble, self._folded = ensemble, self._fold(ensemble)
+
+    def _fold(self, ensemble: Ensemble) -> FoldedEnsemble:
+        """The ensemble as a table of the formats of all genes."""
+        counts = self.space.num_formats
+        gene = np.repeat(np.arange(len(counts)), counts)
+        changes = np.zeros((len(gene), len(counts)), np.int16)
+        changes[np.arange(len(gene)), gene] = np.arange(len(gene)) - (np.cumsum(counts) - counts)[gene]
+        return FoldedEnsemble(ensemble, self._inputs(changes), counts)
 
     def _inputs(self, genomes: Genomes) -> Tensor:
         """Features, projected if the recipe says so, float32 [N, I]."""
@@ -298,114 +266,10 @@ def table_size_curve(
             raise ValueError(
                 f"a table of {len(targets)} rows leaves 2 to {len(kept)} rows for training; got size {size}."
             )
-        ensemble = _Ensemble.fit(inputs[kept[:size]], targets[kept[:size]], predictor.recipe, seed)
-        curve.append({"rows": size, **rank_metrics(ensemble.predict(inputs[held_out]), targets[held_out])})
+        ensemble = Ensemble.fit(inputs[kept[:size]], targets[kept[:size]], predictor.recipe, seed)
+        predicted = predictor._fold(ensemble).predict(genomes[held_out])
+        curve.append({"rows": size, **rank_metrics(predicted, targets[held_out])})
     return curve
-
-
-class _Ensemble:
-    """K networks of the same shape, evaluated together with batched matrix products."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        """Takes "weight.i" [K, in, out], "bias.i" [K, 1, out], "linear" [K, I, 1] (maybe), "input" [2, I], "target" [2]."""
-        self.tensors = tensors
-        self.depth = sum(name.startswith("bias.") for name in tensors)
-
-    @staticmethod
-    def fit(inputs: Tensor, accuracy: Floats, recipe: PredictorRecipe, seed: int) -> _Ensemble:
-        """Trains on inputs [N, I] and accuracy [N]; independent of global random state and of the gradient mode."""
-        generator = torch.Generator().manual_seed(seed)
-        with torch.inference_mode(False), torch.enable_grad(), _one_thread():
-            ensemble = _Ensemble._initial(inputs.clone(), accuracy, recipe, generator)
-            ensemble._train(inputs.clone(), torch.from_numpy(accuracy), recipe, generator)
-        return ensemble
-
-    @staticmethod
-    def _initial(inputs: Tensor, accuracy: Floats, recipe: PredictorRecipe, generator: torch.Generator) -> _Ensemble:
-        """Untrained networks with the initial weights of `torch.nn.Linear`, and the standardization."""
-        sizes = [inputs.shape[1], *[recipe.hidden] * recipe.depth, 1]
-        tensors: dict[str, Tensor] = {}
-        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
-            shapes = {"weight": (recipe.members, fan_in, fan_out), "bias": (recipe.members, 1, fan_out)}
-            for name in ("weight", "bias") if i < recipe.depth else ("weight",):
-                uniform = torch.rand(shapes[name], generator=generator, device="cpu", dtype=torch.float32)
-                tensors[f"{name}.{i}"] = (2 * uniform - 1) / math.sqrt(fan_in)
-        if recipe.linear_path:
-            tensors["linear"] = torch.zeros(recipe.members, sizes[0], 1)
-        shift, scale = torch.zeros(sizes[0]), torch.ones(sizes[0])
-        target = torch.tensor([0.0, 100.0], dtype=torch.float64)
-        if recipe.standardize:
-            shift, deviation = inputs.mean(0), inputs.std(0, correction=0)
-            scale = torch.where(deviation > 1e-6, 1 / deviation.clamp(min=1e-6), 0)  # constant inputs say nothing
-            target = torch.tensor([accuracy.mean(), max(accuracy.std(), 1e-6)], dtype=torch.float64)
-        return _Ensemble({**tensors, "input": torch.stack([shift, scale]), "target": target})
-
-    def _train(self, inputs: Tensor, accuracy: Tensor, recipe: PredictorRecipe, generator: torch.Generator) -> None:
-        parameters = [t.requires_grad_() for name, t in self.tensors.items() if name not in ("input", "target")]
-        mean, deviation = self.tensors["target"]
-        goal = ((accuracy - mean) / deviation).float()
-        rows = len(goal)
-        batch = min(recipe.batch_size or rows, rows)
-        steps = recipe.epochs * -(-rows // batch)
-        optimizer = torch.optim.Adam(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in range(recipe.epochs):
-            order = torch.randperm(rows, generator=generator, device="cpu") if batch < rows else torch.arange(rows)
-            for part in order.split(batch):
-                output = self._forward(inputs[part])  # [K, N]
-                wanted = goal[part].expand_as(output)
-                loss = torch.nn.functional.smooth_l1_loss(output, wanted)
-                if recipe.ranking_weight:
-                    loss = loss + recipe.ranking_weight * _ranking_loss(output, wanted, generator)
-                optimizer.zero_grad()
-                (loss * recipe.members).backward()  # each network gets the gradient it would get alone
-                optimizer.step()
-                schedule.step()
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-
-    def _forward(self, inputs: Tensor) -> Tensor:
-        """Standardized accuracy by each network, [K, N]."""
-        shift, scale = self.tensors["input"]
-        standard = ((inputs - shift) * scale).expand(len(self.tensors["weight.0"]), -1, -1)
-        hidden = standard
-        for i in range(self.depth):
-            hidden = torch.baddbmm(self.tensors[f"bias.{i}"], hidden, self.tensors[f"weight.{i}"]).relu_()
-        output: Tensor = hidden @ self.tensors[f"weight.{self.depth}"]
-        if "linear" in self.tensors:
-            output = torch.baddbmm(output, standard, self.tensors["linear"])
-        return output[..., 0]
-
-    @torch.no_grad()
-    def predict(self, inputs: Tensor) -> Floats:
-        """Accuracy in percent, the mean of the networks, float64 [N]."""
-        mean, deviation = self.tensors["target"]
-        with _one_thread():
-            outputs = self._forward(inputs)
-        out: Floats = (outputs.double().mean(0) * deviation + mean).numpy()
-        return out
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sums in one order, so that a search does not depend on the number of threads; small networks lose nothing by it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _ranking_loss(output: Tensor, wanted: Tensor, generator: torch.Generator) -> Tensor:
-    """Mean of log(1 + exp(-difference)) over random pairs, the difference in the wanted direction; both [K, N]."""
-    rows = output.shape[1]
-    shifts = torch.randint(rows, (_PAIR_SHIFTS, 1), generator=generator, device="cpu")
-    partner = (torch.arange(rows) + shifts) % rows  # [shifts, N]
-    sign = (wanted[:, None] - wanted[:, partner]).sign()
-    wrong = -sign * (output[:, None] - output[:, partner])
-    loss: Tensor = (torch.nn.functional.softplus(wrong) * sign.abs()).mean()
-    return loss
 
 
 def _split(rows: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -431,11 +295,11 @@ def _checked_table(space: QuantSpace, genomes: Genomes, accuracy: ArrayLike) -> 
     return values
 
 
-def _translated(space: QuantSpace, genomes: Genomes, source: QuantSpace) -> Genomes:
-    """`space.translate`, with a ValueError if `source` is not contained in `space`."""
+def _translation(space: QuantSpace, source: QuantSpace) -> NDArray[np.int16]:
+    """`space.translation(source)`, with a ValueError if `source` is not contained in `space`."""
     same_layers = [g.layers for g in source.genes] == [g.layers for g in space.genes]
     if not same_layers or any(
         not set(theirs.formats) <= set(ours.formats) for theirs, ours in zip(source.genes, space.genes, strict=True)
     ):
         raise ValueError("the configs are of a space that is not contained in the one the predictor was fitted for.")
-    return space.translate(genomes, source)
+    return space.translation(source)

@@ -129,7 +129,5 @@ def _refitted(
 ) -> AccuracyPredictor:
     """A predictor that knows the measured candidates besides the table."""
     extra = predictor.space.translate(space.encode_all([c.config for c in seen]), space)
-    fitted = AccuracyPredictor(predictor.space, predictor.recipe)
     accuracy = np.concatenate([table.accuracy, [c.validation for c in seen]])
-    fitted.fit(np.concatenate([table.genomes, extra]), accuracy, seed=seed)
-    return fitted
+    return predictor.refitted(np.concatenate([table.genomes, extra]), accuracy, seed=seed)

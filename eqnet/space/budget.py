@@ -10,16 +10,16 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eqnet.space.cost import COSTS, CostModel, Floats
+from eqnet.space.cost import COSTS, CostModel, CostTable, Floats
 from eqnet.space.qconfig import Form
 from eqnet.space.space import Genomes, QuantSpace
+from eqnet.space.steps import Steps
 
 _UNITS: dict[str, dict[str, float]] = {  # in the unit of the cost; the empty suffix is a plain number
     "w": {"": 1},
@@ -154,11 +154,13 @@ class BoundBudget:
     def __init__(self, space: QuantSpace, costs: list[CostModel], limits: Floats, lowers: Floats) -> None:
         """Raises ValueError if no config was found within all limits together."""
         self.space, self.costs, self.limits, self.lowers = space, costs, limits, lowers
+        self._table = CostTable(costs)
+        self._steps = Steps(space, costs, limits)
         self._anchor = self._find_anchor()
 
     def values(self, genomes: Genomes) -> Floats:
         """All limited costs, float64 [N, C]."""
-        return np.stack([cost(genomes) for cost in self.costs], 1)
+        return self._table(genomes)
 
     def feasible(self, genomes: Genomes) -> NDArray[np.bool_]:
         """Whether every cost is within its limit, bool [N]."""
@@ -177,71 +179,26 @@ class BoundBudget:
         hold, one bit-width at a time and in the form of the gene. Rows that need neither are returned as they are. Only
         a row that its form keeps out of the limits even at the fewest bits moves to the cheapest form.
         """
-
-        def excess(now: Floats, after: Floats) -> NDArray[np.bool_]:
-            wanted: NDArray[np.bool_] = np.any((after < now) & (now > self.limits), axis=-1)
-            return wanted
-
-        def lacking(now: Floats, after: Floats) -> NDArray[np.bool_]:
-            wanted: NDArray[np.bool_] = np.any((after > now) & (now <= self.lowers), axis=-1) & self._fits(now, after)
-            return wanted
-
-        out = self._walk(genomes, rng, self.space.step_down, excess)
+        cells = self._steps.cells_of(genomes)
+        self._steps.lower(cells, rng)
+        out = self._steps.genomes_of(cells)
         stuck = ~self.feasible(out)
         if stuck.any():
-            out[stuck] = self._walk(self._in_cheapest_form(genomes[stuck]), rng, self.space.step_down, excess)
+            moved = self._steps.cells_of(self._in_cheapest_form(genomes[stuck]))
+            self._steps.lower(moved, rng)
+            out[stuck] = self._steps.genomes_of(moved)
             out[~self.feasible(out)] = self._anchor
-        return self._walk(out, rng, self.space.step_up, lacking)
+        if (self.lowers == -np.inf).all():
+            return out
+        cells = self._steps.cells_of(out)
+        self._steps.lift(cells, self.lowers, rng)
+        return self._steps.genomes_of(cells)
 
     def fill(self, genomes: Genomes, rng: np.random.Generator) -> Genomes:
         """Spends what is left: random genes of feasible rows go up until no step fits the limits; int16 [N, G]."""
-        return self._walk(genomes, rng, self.space.step_up, self._fits)
-
-    def _fits(self, now: Floats, after: Floats) -> NDArray[np.bool_]:
-        fits: NDArray[np.bool_] = np.all(after <= self.limits, axis=-1)
-        return fits
-
-    def _walk(
-        self,
-        genomes: Genomes,
-        rng: np.random.Generator,
-        steps: NDArray[np.int16],
-        wanted: Callable[[Floats, Floats], NDArray[np.bool_]],
-    ) -> Genomes:
-        """Applies one random wanted step per row until none is left.
-
-        Ends because all steps of one walk go the same way along finite lists.
-
-        Args:
-            genomes: [N, G].
-            rng: chooses among the wanted steps, uniformly.
-            steps: next format of each gene and format, -1 for none, [G, F].
-            wanted: maps costs now [N, 1, C] and after each step [N, G, C] to bool [N, G].
-        """
-        out = genomes.copy()
-        columns = np.arange(self.space.num_genes)
-        active = np.arange(len(out))
-        while active.size:
-            rows = out[active]
-            targets = steps[columns, rows]
-            possible = (targets >= 0) & wanted(*self._costs_of_steps(rows, np.where(targets < 0, rows, targets)))
-            gene = np.where(possible, rng.random(possible.shape), -1.0).argmax(1)
-            moves = possible.any(1)
-            active = active[moves]
-            out[active, gene[moves]] = targets[moves, gene[moves]]
-        return out
-
-    def _costs_of_steps(self, genomes: Genomes, targets: NDArray[np.int16]) -> tuple[Floats, Floats]:
-        """Costs now [N, 1, C], and with one gene alone at its target [N, G, C]."""
-        cells = self.costs[0].cells
-        index = cells.index(genomes)
-        old = index[cells.group].T
-        new = old + (targets - genomes) * cells.unit
-        sums = np.stack([cost.table.take(index).sum(0) for cost in self.costs], -1)[:, None]
-        change = np.stack([cost.table.take(new) - cost.table.take(old) for cost in self.costs], -1)
-        constant = np.array([cost.constant for cost in self.costs])
-        divisor = np.array([cost.divisor for cost in self.costs])
-        return (sums + constant) / divisor, (sums + change + constant) / divisor
+        cells = self._steps.cells_of(genomes)
+        self._steps.fill(cells, rng)
+        return self._steps.genomes_of(cells)
 
     def _in_cheapest_form(self, genomes: Genomes) -> Genomes:
         """Same bits in the form of the anchor where it has them, otherwise the formats of the anchor."""

@@ -11,7 +11,7 @@ Shape legend: `N` configs, `G` genes, `L` layers, `Q` tied groups, `C` costs of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,35 +21,45 @@ from eqnet.space.space import Genomes, QuantSpace, Slot
 
 Floats = NDArray[np.float64]
 FLOAT_BITS = 32
-_CHUNK = 4096  # rows per gather, so that the working set stays in the cache
+_CHUNK = 1024  # rows per gather, so that the working set stays in the cache
 
 
-class _Cells:
-    """Numbers the pairs of formats, the cells of a cost table, of all tied groups one after the other."""
+class Cells:
+    """Numbers the pairs of formats, the cells of a cost table, of all tied groups one after the other.
+
+    Attributes:
+        weight_gene: of each group, [Q].
+        act_gene: of each group, [Q]; the weight gene where all inputs stay in floating point.
+        has_act: whether there is an activation gene, [Q].
+        counts: cells of each group, [Q].
+        widths: cells from one weight format to the next, [Q].
+        offsets: first cell of each group, [Q].
+    """
 
     def __init__(self, space: QuantSpace) -> None:
-        groups = range(len(space.groups))
         acts = [
             next((space.gene_of[n, "act"] for n in group if (n, "act") in space.gene_of), None)
             for group in space.groups
         ]
         self.weight_gene = np.array([space.gene_of[group[0], "weight"] for group in space.groups])
         self.has_act = np.array([a is not None for a in acts])
-        self.act_gene = np.array([self.weight_gene[q] if acts[q] is None else acts[q] for q in groups])
+        self.act_gene = np.array([w if a is None else a for w, a in zip(self.weight_gene, acts, strict=True)])
         self.widths = np.where(self.has_act, space.num_formats[self.act_gene], 1)
         self.counts = space.num_formats[self.weight_gene] * self.widths
         self.offsets = np.cumsum(self.counts) - self.counts
-        self.group = np.zeros(space.num_genes, np.intp)  # the group of each gene
-        self.group[self.weight_gene] = groups
-        self.group[self.act_gene] = groups
-        self.unit = np.where(space.is_weight, self.widths[self.group], 1)  # cells from one format of a gene to the next
+        self._stride = (self.widths * self.has_act).astype(np.int16)  # 0 where both genes are the same
+
+    def parts(self) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
+        """Group, weight format and activation format (0 if there is no gene for it) of every cell."""
+        group = np.repeat(np.arange(len(self.counts)), self.counts)
+        weight, act = np.divmod(np.arange(len(group)) - self.offsets[group], self.widths[group])
+        return group, weight, act
 
     def index(self, genomes: Genomes) -> NDArray[np.intp]:
         """The cell that each group occupies, [Q, N]."""
-        columns = genomes.T
-        index: NDArray[np.intp] = np.multiply(columns[self.weight_gene], self.widths[:, None], dtype=np.intp)
-        index += columns[self.act_gene] * self.has_act[:, None]
-        index += self.offsets[:, None]
+        local = genomes.take(self.weight_gene, axis=1) * self._stride
+        local += genomes.take(self.act_gene, axis=1)
+        index: NDArray[np.intp] = np.add(local.T, self.offsets[:, None], dtype=np.intp, order="C")
         return index
 
 
@@ -74,7 +84,7 @@ class CostModel:
         """Tabulates `measure(layer, weight format, activation format or None)` over the space."""
         self.space, self.name, self.unit = space, name, unit
         self.constant, self.divisor = constant, divisor
-        self.cells = _Cells(space)
+        self.cells = Cells(space)
         group_of = {name: q for q, group in enumerate(space.groups) for name in group}
         self.table = np.zeros(int(self.cells.counts.sum()))
         self._layer_tables: list[tuple[int, Floats]] = []  # of each layer: its group and its part of the group's cells
@@ -112,6 +122,32 @@ class CostModel:
             power = min(int(math.log(max(value, 1), 1024)), 3)
             return f"{value / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
         return f"{value:.2f} {self.unit}"
+
+
+class CostTable:
+    """Several costs of one space, looked up together: little more work than one of them.
+
+    Attributes:
+        costs: the costs, the columns of what a call returns.
+    """
+
+    def __init__(self, costs: Sequence[CostModel]) -> None:
+        """Joins the tables of `costs`, at least one, all of one space."""
+        self.costs = tuple(costs)
+        self._rows = np.stack(
+            [cost.table for cost in costs] + [costs[0].table] * (len(costs) == 3), 1
+        )  # 2^n are fastest
+
+    def __call__(self, genomes: Genomes) -> Floats:
+        """Costs of genomes [N, G], float64 [N, C], each in its own unit."""
+        values = np.empty((len(self.costs), len(genomes)))
+        for i in range(0, len(genomes), _CHUNK):
+            index = self.costs[0].cells.index(genomes[i : i + _CHUNK])
+            values[:, i : i + _CHUNK] = self._rows.take(index, axis=0).sum(0).T[: len(self.costs)]
+        for value, cost in zip(values, self.costs, strict=True):
+            value += cost.constant
+            value /= cost.divisor
+        return values.T
 
 
 def slot_sizes(space: QuantSpace, slot: Slot, ends: bool = False) -> Floats:

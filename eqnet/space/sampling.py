@@ -87,14 +87,18 @@ class _Tilt:
         """
         self.minimum = float(share @ np.nanmin(bits, 1)) if len(bits) else 0.0
         self.maximum = float(share @ np.nanmax(bits, 1)) if len(bits) else 0.0
-        self._slopes = share[:, None] * bits
+        self._valid = ~np.isnan(bits)
+        slopes = share[:, None] * bits
+        self._ends = np.stack([np.nanmin(slopes, 1), np.nanmax(slopes, 1)]) if len(bits) else np.zeros((2, 0))
+        self._slopes = np.where(self._valid, slopes, self._ends[0][:, None])
         # At both ends even the gene of the smallest share prefers a step of one bit by e^50: only one config is left.
         reach = np.arcsinh(50 / share[share > 0].min(initial=1.0))
         self._steps = np.linspace(-reach, reach, _TILTS)  # of arcsinh(lambda): fine around 0, coarse towards the ends
         means = []
         for steps in np.array_split(self._steps, 8):
             odds = self._odds(steps)
-            means.append((odds * np.nan_to_num(bits)).sum(-1) / odds.sum(-1) @ share)
+            expected = np.einsum("nsb,sb->ns", odds, np.nan_to_num(bits))
+            means.append(expected / np.einsum("nsb->ns", odds) @ share)
         self._means = np.maximum.accumulate(np.concatenate(means))
 
     def odds(self, targets: Floats) -> Floats:
@@ -102,9 +106,12 @@ class _Tilt:
         return self._odds(np.interp(targets, self._means, self._steps))
 
     def _odds(self, steps: Floats) -> Floats:
-        logits = np.sinh(steps)[:, None, None] * self._slopes
-        logits = np.where(np.isnan(logits), -np.inf, logits)
-        odds: Floats = np.exp(logits - logits.max(-1, keepdims=True))
+        tilts = np.sinh(steps)[:, None]
+        largest = tilts * np.where(tilts < 0, *self._ends)
+        odds: Floats = tilts[:, :, None] * self._slopes
+        odds -= largest[:, :, None]
+        np.exp(odds, out=odds)
+        odds *= self._valid
         return odds
 
 

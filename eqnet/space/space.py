@@ -268,14 +268,17 @@ class QuantSpace:
             layers[name] = LayerConfig(self.genes[w].formats[int(genome[w])], act)
         return QuantConfig(layers)
 
-    def translate(self, genomes: Genomes, source: QuantSpace) -> Genomes:
-        """Genomes of `source` (a restriction of this space) -> genomes of this space, [N, G]."""
+    def translation(self, source: QuantSpace) -> NDArray[np.int16]:
+        """Index here of each format of each gene of `source` (a restriction of this space), [G, F of source]; -1 padded."""
         assert [g.layers for g in source.genes] == [g.layers for g in self.genes], "spaces of different models"
         table = np.full(source.bits.shape, -1, np.int16)
-        for g, gene in enumerate(source.genes):
-            for i, fmt in enumerate(gene.formats):
-                table[g, i] = self.genes[g].formats.index(fmt)
-        out: Genomes = table[np.arange(self.num_genes), genomes]
+        for row, theirs, ours in zip(table, source.genes, self.genes, strict=True):
+            row[: len(theirs.formats)] = [ours.formats.index(fmt) for fmt in theirs.formats]
+        return table
+
+    def translate(self, genomes: Genomes, source: QuantSpace) -> Genomes:
+        """Genomes of `source` (a restriction of this space) -> genomes of this space, [N, G]."""
+        out: Genomes = self.translation(source)[np.arange(self.num_genes), genomes]
         return out
 
     def restrict(self, allow: Callable[[LayerInfo, Slot, QuantFormat], bool]) -> QuantSpace:
@@ -374,22 +377,18 @@ class QuantSpace:
         Raises:
             ValueError: naming the layer that cannot take it.
         """
-        genome = np.zeros(self.num_genes, np.int16)
-        for g, gene in enumerate(self.genes):
-            wanted = bits if gene.slot == "weight" or act_bits is None else act_bits
-            fits = [
-                i
-                for i, f in enumerate(gene.formats)
-                if f == (form.weight_format(f.bits) if gene.slot == "weight" else form.act_format(f.bits))
-            ]
-            if self.elastic[g]:
-                fits = [i for i in fits if gene.formats[i].bits == wanted]
-            if not fits:
-                raise ValueError(
-                    f"layer {gene.layers[0]!r} cannot take {wanted}-bit {gene.slot}s in the form {form.name}."
-                )
-            genome[g] = fits[-1]
-        return self.decode(genome)
+        index = np.arange(self.bits.shape[1])
+        wanted = np.where(self.is_weight, bits, bits if act_bits is None else act_bits)
+        fits = (self.in_form[ALL_FORMS.index(form)] == index) & (
+            (self.bits == wanted[:, None]) | ~self.elastic[:, None]
+        )
+        if not fits.any(1).all():
+            g = int(fits.any(1).argmin())
+            gene = self.genes[g]
+            raise ValueError(
+                f"layer {gene.layers[0]!r} cannot take {wanted[g]}-bit {gene.slot}s in the form {form.name}."
+            )
+        return self.decode(np.where(fits, index, -1).max(1))
 
     @property
     def uniform_bits(self) -> list[int]:
@@ -467,6 +466,6 @@ class QuantSpace:
             raise ValueError(f"not the description of a quantization space: {error}") from error
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, QuantSpace) and self.to_json() == other.to_json()
+        return self is other or (isinstance(other, QuantSpace) and self.to_json() == other.to_json())
 
     __hash__ = None  # type: ignore[assignment]
