@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import eqnet.nn.models  # noqa: F401  registers the CIFAR ResNets with timm
 from benchmarks.timing import interleave, ratio
-from eqnet.nn.kernels import choose_kernels
+from eqnet.nn.kernels import choose_kernels, traced_kernels
 from eqnet.nn.supernet import Supernet
 from eqnet.settings import TrainSettings
 from eqnet.space import SandwichSampler
@@ -53,6 +53,7 @@ VARIANTS = {
     "supernet float32, compiled": ("supernet", "on", "fp32", torch.channels_last),
     "supernet bf16, eager": ("supernet", "off", "bf16", torch.channels_last),
     "supernet bf16, compiled": ("supernet", "on", "bf16", torch.channels_last),
+    "supernet bf16, network compiled": ("supernet", "network", "bf16", torch.channels_last),
 }
 FLOORS = {"fp32": "float32, channels_last", "bf16": "bf16, channels_last"}
 UNIT = "float32, contiguous"
@@ -92,15 +93,17 @@ def supernet_steps(model: nn.Module, images: Tensor, labels: Tensor, precision: 
     """One step of the supernet; the configs change every time."""
     settings = TrainSettings()
     supernet = Supernet.from_model(model, tuple(images.shape[1:])).to(memory_format=torch.channels_last)
-    supernet.use_kernels(choose_kernels(mode, images.device))
+    supernet.use_kernels(traced_kernels() if mode == "network" else choose_kernels(mode, images.device))
     supernet.calibrate(images[:8])
     supernet.train()
-    AcceleratorState._reset_state(True)  # one process measures several precisions
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process measures several precisions
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if precision == "bf16" else "no")
     groups = parameter_groups(
         supernet, supernet.step_sizes(), supernet.offsets(), lr=1e-4, step_size_lr=1e-4, weight_decay=0.0
     )
     prepared, optimizer = accelerator.prepare(supernet, SupernetAdamW(groups))
+    if mode == "network":
+        prepared = torch.compile(prepared)
     sampler = SandwichSampler(supernet.space, num_random=settings.num_random, form_per=settings.form_per)
     generator = np.random.default_rng(0)
 

@@ -114,7 +114,8 @@ class TrainSettings(_Section):
     ema_decay: float | None = Field(None, gt=0, lt=1)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = True
-    compile: Switch = "auto"  # of the quantizers; "auto": where a compiler works
+    # "on": the quantizers, "network": the whole network, "auto": the quantizers where it pays
+    compile: Annotated[Literal["auto", "on", "off", "network"], BeforeValidator(_word)] = "auto"
     sync_bn: bool = False  # GPU only: BN statistics over all processes
     calibration_images: int = Field(256, ge=1)
     checkpoint_steps: int = Field(200, ge=1)
@@ -135,7 +136,7 @@ class SearchSettings(_Section):
     table_size: int = Field(240, ge=10)
     bn_images: int = Field(512, ge=1)  # training images that recalibrate BN for each config
     max_validation_images: int | None = Field(None, ge=1)
-    integer: Literal["auto", "on", "off"] = "auto"  # integer kernels measure configs; auto: where the CPU has them
+    integer: Switch = "auto"  # integer kernels measure configs; auto: where the CPU has them
     population: int = Field(100, ge=4)
     generations: int = Field(100, ge=1)
     mutation_probability: float = Field(0.1, gt=0, le=1)

@@ -224,6 +224,11 @@ def compiled_kernels() -> Kernels:
     )
 
 
+def traced_kernels() -> Kernels:
+    """The kernels for a network that is compiled as a whole: plain operations, so that they fuse with their neighbours."""
+    return compiled_kernels()._replace(forward=_forward, backward=_backward)
+
+
 def choose_kernels(mode: CompileMode, device: torch.device) -> Kernels:
     """The kernels for a device: compiled, eager, or compiled where that works.
 

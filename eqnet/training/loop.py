@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from eqnet.checkpoint import load_float_weights, save_tensors
 from eqnet.command import Interrupted
 from eqnet.data import Batches, DataSplits, calibration_batches
-from eqnet.nn.kernels import SCALE_EPS, Kernels, choose_kernels
+from eqnet.nn.kernels import SCALE_EPS, Kernels, choose_kernels, traced_kernels
 from eqnet.nn.supernet import Supernet, kept_batch_norm
 from eqnet.run import Checkpoint, Run, create_float_model
 from eqnet.settings import Settings
@@ -180,21 +180,23 @@ class Trainer:
             self.accelerator.register_for_checkpointing(ema)
         sampler = SandwichSampler(supernet.space, num_random=t.num_random, form_per=t.form_per)
         criterion, mix = self._criterion()
+        # training alone is compiled as a whole; evaluation in between runs the same modules uncompiled
+        trained = torch.compile(prepared) if t.compile == "network" else prepared
 
         def compute(images: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
             images, targets = mix(images, labels) if mix is not None else (images, labels)
             configs = step_configs(sampler, s.seed, step)
             return supernet_step(
-                self.accelerator, prepared, supernet, images, targets, configs, criterion, t, teacher=teacher
+                self.accelerator, trained, supernet, images, targets, configs, criterion, t, teacher=teacher
             )
 
         self._phase("supernet", prepared, optimizer, t.epochs, compute, resume, t.warmup_epochs, ema, supernet)
         self.accelerator.unwrap_model(
             prepared, keep_fp32_wrapper=False
         )  # accelerate's autocast would stay in `forward`
-        trained = supernet if ema is None else ema.module
-        assert isinstance(trained, Supernet)
-        return trained.eval()
+        result = supernet if ema is None else ema.module
+        assert isinstance(result, Supernet)
+        return result.eval()
 
     def _kernels(self, supernet: Supernet) -> Kernels:
         mode, device = self.settings.train.compile, self.accelerator.device
@@ -202,6 +204,9 @@ class Trainer:
         steps = self.settings.train.epochs * len(self.batches) * (2 + self.settings.train.num_random)
         if mode == "auto" and device.type == "cpu" and values * steps < COMPILE_PAYS:
             mode = "off"
+        if mode == "network":
+            choose_kernels("on", device)  # says so at once if nothing can be compiled
+            return traced_kernels()
         return choose_kernels(mode, device)
 
     def _to_device(self, model: nn.Module) -> nn.Module:
