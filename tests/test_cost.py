@@ -248,8 +248,8 @@ def test_bitops_of_uniform_configs(imagenet_spaces: dict[str, QuantSpace], net: 
         ("bitops=1200000000", {"bitops": 1.2e9}, "bitops=1.2G"),
         ("bitops=1.2e9", {"bitops": 1.2e9}, "bitops=1.2G"),
         ("bitops=3T,4", {"w": 4, "a": 4, "bitops": 3e12}, "w=4,a=4,bitops=3T"),
-        ("latency=2.5ms", {"latency": 2.5e-3}, "latency=2.5ms"),
-        ("latency=80us", {"latency": 8e-5}, "latency=80us"),
+        ("latency=2.5ms", {"latency": 2.5}, "latency=2.5ms"),
+        ("latency=80us", {"latency": 0.08}, "latency=80us"),
     ],
 )
 def test_budgets_parse(text: str, limits: dict[str, float], canonical: str):

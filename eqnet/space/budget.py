@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -26,7 +27,7 @@ _UNITS: dict[str, dict[str, float]] = {  # in the unit of the cost; the empty su
     "a": {"": 1},
     "size": {"B": 1, "KB": 1e3, "KiB": 2**10, "MB": 1e6, "MiB": 2**20, "GB": 1e9, "GiB": 2**30},
     "bitops": {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12},
-    "latency": {"us": 1e-6, "ms": 1e-3, "s": 1},
+    "latency": {"us": 1e-3, "ms": 1, "s": 1e3},
 }
 _QUANTITY = re.compile(r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)")
 _EXAMPLE = "write for example '4', 'w=3,a=4', 'size=180KiB' or 'bitops=1.2G'"
@@ -61,7 +62,7 @@ class Budget:
     'w=4,a=4,size=180KiB'
 
     Attributes:
-        limits: (name, value) pairs ordered as w, a (bits), size (bytes), bitops, latency (seconds).
+        limits: (name, value) pairs ordered as w, a (bits), size (bytes), bitops, latency (ms).
     """
 
     limits: tuple[tuple[str, float], ...]
@@ -112,32 +113,38 @@ class Budget:
     def __str__(self) -> str:
         return ",".join(_limit_text(name, value) for name, value in self.limits)
 
-    def bind(self, space: QuantSpace, band: float | None = None) -> BoundBudget:
+    def bind(
+        self,
+        space: QuantSpace,
+        band: float | None = None,
+        costs: Mapping[str, Callable[[QuantSpace], CostModel]] = COSTS,
+    ) -> BoundBudget:
         """The budget on one space.
 
         Args:
             space: the space to search.
             band: width of the half-open interval below a limit `c` on mean bits that repaired genomes should reach,
                 `c - band < cost <= c` (0.5 in the paper); None asks for no lower bound. Other costs never have one.
+            costs: what the names of limits mean; those of a hardware target come from `eqnet.space.target_cost`.
 
         Raises:
             ValueError: a limit that the space cannot reach (naming the smallest reachable value), or no latency table.
         """
         if band is not None and not 0 < band < math.inf:
             raise ValueError(f"the band of a budget must be a positive number of bits; got {band}.")
-        costs = []
+        models = []
         for name, limit in self.limits:
-            if name not in COSTS:
+            if name not in costs:
                 raise ValueError(f"budget {_limit_text(name, limit)}: no {name} table is available for this space.")
-            costs.append(COSTS[name](space))
-            if costs[-1].minimum > limit:
-                smallest = _reachable_text(name, costs[-1].minimum)
+            models.append(costs[name](space))
+            if models[-1].minimum > limit:
+                smallest = _reachable_text(name, models[-1].minimum)
                 raise ValueError(
                     f"budget {_limit_text(name, limit)} cannot be met: the smallest reachable is {smallest}."
                 )
         limits = np.array([limit for _, limit in self.limits])
-        banded = np.array([band is not None and cost.unit == "bits" for cost in costs])
-        return BoundBudget(space, costs, limits, np.where(banded, limits - (band or 0.0), -np.inf))
+        banded = np.array([band is not None and cost.unit == "bits" for cost in models])
+        return BoundBudget(space, models, limits, np.where(banded, limits - (band or 0.0), -np.inf))
 
 
 class BoundBudget:

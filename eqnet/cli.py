@@ -1,0 +1,151 @@
+"""The command line: `eqnet targets list | show NAME | check NAME SUBNET`.
+
+The user's mistakes end in one sentence on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from eqnet.command import make_console, run_command
+from eqnet.space import QuantConfig, QuantSpace, Slot
+from eqnet.space.hardware import HardwareTarget, load_target, target_names
+
+SLOTS: tuple[Slot, ...] = ("weight", "act")
+TargetName = Annotated[str, typer.Argument(metavar="NAME", help="a built-in target, or the path of a target file")]
+
+app = typer.Typer(help="Elastic quantization supernets.", pretty_exceptions_enable=False)
+targets = typer.Typer(help="Hardware targets: what devices execute.")
+app.add_typer(targets, name="targets")
+
+
+@app.callback()
+def _eqnet() -> None:
+    """Elastic quantization supernets: one training, a subnet for every budget and device."""
+
+
+@targets.command("list")
+def list_targets() -> None:
+    """The built-in targets."""
+    table = Table("name", "weights", "activations", "notes", show_lines=True)
+    for name in target_names():
+        target = load_target(name)
+        weights, acts = (target.describe(slot).replace("; ", "\n") for slot in SLOTS)
+        table.add_row(*map(Text, (name, weights, acts, target.title)))
+    make_console().print(table)
+
+
+@targets.command("show")
+def show_target(name: TargetName) -> None:
+    """All rules of a target, with their sources."""
+    target = load_target(name)
+    console = make_console()
+    console.print(f"{target.name}: {target.title}", markup=False)
+    table = Table(show_header=False)
+    for fact, text in _facts(target):
+        table.add_row(fact, Text(text))
+    console.print(table)
+
+
+@targets.command("check")
+def check_target(
+    name: TargetName,
+    subnet: Annotated[Path, typer.Argument(help="a subnet.json of a search")],
+    run: Annotated[Path | None, typer.Option(help="folder of the run (default: the one that holds the subnet)")] = None,
+) -> None:
+    """Whether a target runs a subnet; lists what it does not run and exits with 2."""
+    target = load_target(name)
+    config, space = _read_subnet(subnet, run)
+    violations = target.check(config, space.layers)
+    console = make_console()
+    if not violations:
+        return console.print(f"{target.name} runs all {len(space.layers)} layers of {subnet}", markup=False)
+    for violation in violations:
+        console.print(violation, markup=False, soft_wrap=True)
+    raise typer.Exit(2)
+
+
+def main() -> None:
+    """The entry point of `eqnet`."""
+    run_command(lambda: _run(sys.argv[1:] or ["--help"]))
+
+
+def _run(arguments: list[str]) -> None:
+    try:
+        code = app(arguments, prog_name="eqnet", standalone_mode=False)
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        command = "eqnet" if context is None else context.command_path
+        raise ValueError(f"{error.format_message().rstrip('.')}; see `{command} --help`.") from error
+    if code:
+        sys.exit(code)
+
+
+def _facts(target: HardwareTarget) -> list[tuple[str, str]]:
+    """Every fact of a target in words."""
+    facts = [("weights", target.describe("weight")), ("activations", target.describe("act"))]
+    scales = {"weight_times_act": ", weight x activation scale", "power_of_two": ", power-of-two scale", None: ""}
+    for kind, rules in target.ops:
+        if rules is not None:
+            bias = rules.bias.dtype + scales[rules.bias.scale]
+            outside = {"refuse": "refused", "float": "floating point"}[rules.fallback]
+            facts.append((kind, f"{rules.kernel} kernel; bias {bias}; outside the rules: {outside}"))
+    edges = "no rule" if target.first_last_bits is None else f"bits {', '.join(map(str, target.first_last_bits))}"
+    fixed = [f"{o.op}: scale {o.scale:g}, zero point {o.zero_point}" for o in target.fixed_outputs]
+    return [
+        *facts,
+        ("first and last layer", edges),
+        ("rounding", target.rounding or "not documented"),
+        ("time follows", f"bits of the {target.latency_bits}"),
+        ("file stores", {"container": "containers", "packed": "packed codes"}[target.storage_bits]),
+        ("inputs of add, concat", "quantized" if target.integer_add else "may stay in floating point"),
+        *(
+            (name, text)
+            for name, text in (("fused", ", ".join(target.fused)), ("fixed outputs", "\n".join(fixed)))
+            if text
+        ),
+        *((name, str(value)) for name, value in (("ONNX opset", target.opset), ("runtime", target.runtime)) if value),
+        *(("note", note) for note in target.notes),
+        *(("source", source) for source in target.sources),
+        *(("verified", statement) for statement in target.verified),
+        *(("unverified", statement) for statement in target.unverified),
+    ]
+
+
+def _read_subnet(path: Path, run: Path | None) -> tuple[QuantConfig, QuantSpace]:
+    """The config of a `subnet.json`, and the space of the run that it belongs to.
+
+    Raises:
+        ValueError: a file is missing or damaged, or the subnet is not a config of the run.
+    """
+    from eqnet.checkpoint import read_json  # imports torch, which the other commands do not need
+
+    document: Any = read_json(path)
+    folders = [run] if run is not None else list(path.resolve().parents)
+    headers = [folder / "supernet.json" for folder in folders if (folder / "supernet.json").is_file()]
+    if not headers:
+        where = f"{run} is not the folder of a trained run" if run else f"{path} does not lie in the folder of a run"
+        raise ValueError(f"{where} (there is no supernet.json); name the run with --run.")
+    header: Any = read_json(headers[0])
+    try:
+        space = QuantSpace.from_json(header["space"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{headers[0]} does not describe a supernet: {str(error).rstrip('.')}.") from error
+    try:
+        config = QuantConfig.from_json(document["layers"])
+        space.check(config)
+    except (KeyError, TypeError):
+        raise ValueError(f"{path} is not a subnet: it has no layers.") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return config, space
+
+
+if __name__ == "__main__":
+    main()
