@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,6 +50,21 @@ def start_cpu_processes() -> None:
             os.execv(sys.executable, [sys.executable, *torchrun, "--", *sys.argv])
 
 
+def keep_freed_memory() -> None:
+    """Tells glibc's malloc to keep freed memory for the next allocation instead of returning it to the kernel.
+
+    On CPU every activation is a fresh allocation, and the kernel clears each returned page anew: networks run 1.2 to 2 times
+    slower with the defaults, at the same peak memory. Same as the environment variables MALLOC_TRIM_THRESHOLD_,
+    MALLOC_MMAP_THRESHOLD_ and MALLOC_TOP_PAD_. Does nothing without glibc.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_TOP_PAD of malloc.h, in bytes
+    for option, value in ((-1, 2**31 - 1), (-3, 2**30), (-2, 2**26)):
+        mallopt(option, value)
+
+
 @contextmanager
 def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[[], None]]:
     """A progress bar on the main process; yields the function that advances it by one."""
@@ -61,6 +78,7 @@ def run_command(command: Callable[[], None]) -> None:
 
     An interrupted command exits with 130 and says how to continue.
     """
+    keep_freed_memory()
     try:
         command()
     except ValueError as error:

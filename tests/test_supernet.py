@@ -239,7 +239,10 @@ def test_step_size_parameters_are_all_that_is_added(cnn):
     tables = [*supernet.step_sizes(), *supernet.offsets()]
     assert added == {id(p) for p in tables if p.requires_grad}
     image = next(iter(supernet.layers.values())).act_quantizer
-    assert {id(p) for p in tables if not p.requires_grad} == {id(image.scale), id(image.offset)}  # calibrated, not learned
+    assert {id(p) for p in tables if not p.requires_grad} == {
+        id(image.scale),
+        id(image.offset),
+    }  # calibrated, not learned
 
 
 def test_what_stays_in_float_is_listed():
@@ -511,10 +514,9 @@ def test_calibration_on_many_values_sees_every_channel():
 
 def test_a_layer_called_twice_is_calibrated_on_both_inputs(images):
     supernet = Supernet.from_model(Twice(), SIZE, bits=[8], symmetric=[True], fixed="none").eval()
-    supernet.calibrate(images(4))
     inputs = []
     hook = supernet.layers["conv"].register_forward_pre_hook(lambda module, args: inputs.append(args[0].flatten()))
-    supernet(images(4))
+    supernet.calibrate(images(4))
     hook.remove()
     assert len(inputs) == 2
     reference = copy.deepcopy(supernet.layers["conv"].act_quantizer)

@@ -64,7 +64,7 @@ class _FakeQuantize(torch.autograd.Function):
         return from_rows(out, x, axis)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, offset, *rest = ctx.saved_tensors
         formats, grid = Formats(*rest[: len(Formats._fields)]), Grid(*rest[len(Formats._fields) :])

@@ -31,7 +31,7 @@ class Formats(NamedTuple):
     """The constants of a quantizer's formats and the active one.
 
     Attributes:
-        index: int64 [F, C], entry of the table of step sizes of each format and channel.
+        scale_index: int64 [F, C], entry of the table of step sizes of each format and channel.
         offset_index: int64 [F, C].
         asymmetric: float [F, 1], 1 or 0.
         ranges: float [2, F, 2], (qmin, qmax) by signedness.
@@ -40,7 +40,7 @@ class Formats(NamedTuple):
         row: int64 [1], the active format.
     """
 
-    index: Tensor
+    scale_index: Tensor
     offset_index: Tensor
     asymmetric: Tensor
     ranges: Tensor
@@ -67,7 +67,7 @@ def zero_point(scale: Tensor, offset: Tensor, qmin: Tensor, qmax: Tensor) -> Ten
 
 def active_grid(scale: Tensor, offset: Tensor, formats: Formats) -> Grid:
     """The grid of the active row of the tables `scale` [S] and `offset` [A]."""
-    index = formats.index.index_select(0, formats.row)[0]
+    index = formats.scale_index.index_select(0, formats.row)[0]
     offset_index = formats.offset_index.index_select(0, formats.row)[0]
     bounds = formats.ranges.index_select(0, formats.signed)[0].index_select(0, formats.row)[0]
     s = scale.index_select(0, index).clamp_min(SCALE_EPS)
@@ -108,7 +108,7 @@ def _table_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Row sums [R] to gradients of the tables, times g = 1 / sqrt(qmax * values that share a step size) (LSQ)."""
     row = formats.row
-    index, offset_index = formats.index.index_select(0, row)[0], formats.offset_index.index_select(0, row)[0]
+    index, offset_index = formats.scale_index.index_select(0, row)[0], formats.offset_index.index_select(0, row)[0]
     groups, asymmetric = formats.groups.index_select(0, row)[0], formats.asymmetric.index_select(0, row)[0]
     if len(index) == 1:  # one channel, many rows
         ds, db = ds.sum(0, keepdim=True), db.sum(0, keepdim=True)
@@ -218,10 +218,13 @@ EAGER = Kernels(_eager_forward, _eager_backward, moments, moments_gradient)
 def compiled_kernels() -> Kernels:
     """The kernels through `torch.compile`: one generated loop each (C++ on CPU, Triton on CUDA), for all formats and shapes."""
     options: dict[str, Any] = {"eager_numerics.division_rounding": True}  # x / s as IEEE says, as in eager mode
-    functions = (_forward, _backward, moments, moments_gradient)
-    return Kernels(
-        *(torch.compile(f, fullgraph=True, dynamic=True, recompile_limit=64, options=options) for f in functions)
-    )
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(  # type: ignore[call-overload, no-any-return]
+            function, fullgraph=True, dynamic=True, recompile_limit=64, options=options
+        )
+
+    return Kernels(compiled(_forward), compiled(_backward), compiled(moments), compiled(moments_gradient))
 
 
 def traced_kernels() -> Kernels:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from eqnet.nn.calibration import in_threads
 from eqnet.nn.kernels import EAGER, Kernels
 from eqnet.nn.layers import LAYER_TYPES, ElasticLayer, QuantMixin, layer_kind, make_elastic, make_quantized
 from eqnet.nn.quantizer import ElasticQuantizer
@@ -215,29 +216,48 @@ class Supernet(nn.Module):
         self.config = config
 
     @torch.no_grad()
-    def calibrate(self, images: Tensor) -> None:
+    def calibrate(self, images: Tensor | Iterable[Tensor]) -> None:
         """Initialises every row of every quantizer (EQ-Net section 3.2): weights, then inputs in one forward pass.
 
         Each input is observed while everything before it runs in the largest config, with the batch's own BN statistics;
-        those of the model are left as they were.
+        those of the model are left as they were. Several batches need the memory of one: inputs are only counted. What
+        comes after an input then runs with its step sizes of the batches so far; the final ones are of all batches.
 
         Args:
-            images: calibration images [N, C, H, W], normalised as in training.
+            images: calibration images [N, C, H, W], normalised as in training, or batches of them.
+
+        Raises:
+            ValueError: there is no batch, or a value is not finite. Everything is left as it was.
         """
+
+        def calibrate_weight(layer: ElasticLayer) -> None:
+            with torch.no_grad():  # each thread has a mode of its own
+                layer.weight_quantizer.calibrate(layer.float_weight)
+
         before = self.config
-        for layer in self._layers.values():
-            layer.weight_quantizer.calibrate(layer.float_weight)
-        self.set_config(self.space.largest())
+        quantizers = [quantizer for _, quantizer in self.quantizers()]
+        saved = [{name: t.clone() for name, t in q.state_dict().items()} for q in quantizers]
         inputs = [layer.act_quantizer for layer in self._layers.values() if layer.act_quantizer is not None]
-        for quantizer in inputs:
-            quantizer.observing = True
         try:
-            with kept_batch_norm(self), _batch_norm_training(self):
-                self(images)
-        finally:
+            large_first = sorted(self._layers.values(), key=lambda layer: -layer.latent_weight.numel())
+            in_threads(calibrate_weight, large_first)
+            self.set_config(self.space.largest())
             for quantizer in inputs:
-                quantizer.observing = False
-                quantizer._observed.clear()
+                quantizer.observing = True
+            empty = True
+            with kept_batch_norm(self), _batch_norm_training(self):
+                for batch in [images] if isinstance(images, Tensor) else images:
+                    self(batch)
+                    empty = False
+            if empty:
+                raise ValueError("no batch to calibrate with; give at least one image.")
+            in_threads(ElasticQuantizer.finish_observation, inputs)
+        except BaseException:
+            for quantizer, state in zip(quantizers, saved, strict=True):
+                quantizer.cancel_observation()
+                quantizer.load_state_dict(state)
+            raise
+        finally:
             self.set_config(before)
 
     @property

@@ -181,7 +181,7 @@ class Trainer:
         sampler = SandwichSampler(supernet.space, num_random=t.num_random, form_per=t.form_per)
         criterion, mix = self._criterion()
         # training alone is compiled as a whole; evaluation in between runs the same modules uncompiled
-        trained = torch.compile(prepared) if t.compile == "network" else prepared
+        trained: Any = torch.compile(prepared) if t.compile == "network" else prepared
 
         def compute(images: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
             images, targets = mix(images, labels) if mix is not None else (images, labels)

@@ -37,7 +37,7 @@ class _Moments(torch.autograd.Function):
         return found.skewness, found.kurtosis
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         w, *found = ctx.saved_tensors
         wide = w.detach().to(torch.promote_types(w.dtype, torch.float32))

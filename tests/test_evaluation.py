@@ -1,0 +1,101 @@
+"""Configs are measured alike by both paths, and what is reported belongs to what is exported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from eqnet.checkpoint import read_json, write_json
+from eqnet.nn.integer import kernels_available
+from eqnet.nn.supernet import Supernet
+from eqnet.scoring.evaluation import Evaluator, Integer, accuracy, build_table
+
+needs_kernels = pytest.mark.skipif(not kernels_available(), reason="this CPU has no integer kernels")
+Images = Callable[..., Tensor]
+
+
+@pytest.fixture
+def supernet(cnn: nn.Sequential, images: Images) -> Supernet:
+    net = Supernet.from_model(cnn, (3, 8, 8), bits=[2, 3, 4], fixed={})
+    net.calibrate(images(16))
+    return net
+
+
+@pytest.fixture
+def evaluator(supernet: Supernet, images: Images) -> Callable[[Integer], Evaluator]:
+    """Splits are labelled by the largest subnet, so that accuracies differ between configs."""
+    bn = [images(16, seed=1), images(16, seed=2)]
+    supernet.eval().recalibrate_bn(bn)
+
+    def split(seed: int) -> list[tuple[Tensor, Tensor]]:
+        x = images(64, seed=seed)
+        with torch.no_grad():
+            return [(x, supernet(x).argmax(1))]
+
+    splits = {"validation": split(3), "test": split(4)}
+    return lambda integer: Evaluator(supernet, bn, splits, integer)
+
+
+def statistics(supernet: Supernet) -> list[Tensor]:
+    return [m.running_var.clone() for m in supernet.modules() if isinstance(m, nn.BatchNorm2d)]  # type: ignore[union-attr]
+
+
+@needs_kernels
+def test_both_paths_measure_the_same(supernet: Supernet, evaluator: Callable[[Integer], Evaluator]) -> None:
+    integer, simulation = evaluator("on"), evaluator("off")
+    assert (integer.arithmetic, simulation.arithmetic) == ("integer", "simulation")
+    assert evaluator("auto").arithmetic == "integer"
+    rng = np.random.default_rng(0)
+    configs = [supernet.space.sample(rng) for _ in range(8)]
+    a = np.array([integer.measure(c, "validation")[0] for c in configs])
+    b = np.array([simulation.measure(c, "validation")[0] for c in configs])
+    assert len(set(b)) > 2
+    assert (np.abs(a - b) <= 100 / 64).all()  # one image
+
+
+@needs_kernels
+def test_test_accuracies_and_statistics_are_those_of_the_simulation(
+    supernet: Supernet, evaluator: Callable[[Integer], Evaluator]
+) -> None:
+    integer, simulation = evaluator("on"), evaluator("off")
+    config = supernet.space.sample(np.random.default_rng(1))
+    expected = simulation.measure(config, "validation", "test")
+    stored = statistics(supernet)
+    integer.measure(supernet.space.largest(), "validation")
+    assert integer.measure(config, "validation", "test") == expected
+    assert all(torch.equal(a, b) for a, b in zip(statistics(supernet), stored, strict=True))
+    assert accuracy(supernet.extract(), integer.splits["test"]) == expected[1]
+
+
+def test_a_table_is_measured_one_way(tmp_path: Path, evaluator: Callable[[Integer], Evaluator]) -> None:
+    simulation, accelerator = evaluator("off"), Accelerator()
+    table = build_table(simulation, tmp_path, 3, 0, accelerator)
+    header = read_json(tmp_path / "header.json")
+    assert header["arithmetic"] == "simulation"
+    assert len(table) == 3
+    del header["arithmetic"]  # as written before there was a choice
+    write_json(tmp_path / "header.json", header)
+    assert np.array_equal(build_table(simulation, tmp_path, 3, 0, accelerator).accuracy, table.accuracy)
+    with pytest.raises(ValueError, match="measured otherwise"):
+        build_table(simulation, tmp_path, 3, 1, accelerator)
+    if kernels_available():
+        with pytest.raises(ValueError, match=r"search\.integer=off"):
+            build_table(evaluator("on"), tmp_path, 4, 0, accelerator)
+        other = tmp_path / "other"
+        build_table(evaluator("on"), other, 3, 0, accelerator)
+        with pytest.raises(ValueError, match=r"search\.integer=on"):
+            build_table(simulation, other, 3, 0, accelerator)
+
+
+def test_integers_where_there_are_none_are_refused(supernet: Supernet, images: Images) -> None:
+    supernet.to("meta")
+    batches = {"validation": [(images(2), torch.zeros(2))]}
+    assert Evaluator(supernet, [], batches, "auto").arithmetic == "simulation"
+    with pytest.raises(ValueError, match=r"search\.integer=off"):
+        Evaluator(supernet, [], batches, "on")
