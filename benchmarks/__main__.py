@@ -22,6 +22,7 @@ from rich.console import Console
 
 from benchmarks.tables import fill, show
 from eqnet.checkpoint import atomic_write_bytes, write_json
+from eqnet.command import keep_freed_memory
 
 TOPICS = ("training_step", "calibration_speed", "evaluation_speed", "search_speed")
 
@@ -55,6 +56,7 @@ def main() -> None:
         page = arguments.page.read_text()
         atomic_write_bytes(arguments.page, fill(page, arguments.output).encode())
         return
+    keep_freed_memory()
     console = Console(width=170, highlight=False)
     arguments.output.mkdir(parents=True, exist_ok=True)
     for topic in arguments.topics or TOPICS:
