@@ -24,7 +24,7 @@ from benchmarks.tables import fill, show
 from eqnet.checkpoint import atomic_write_bytes, write_json
 from eqnet.command import keep_freed_memory
 
-TOPICS = ("training_step", "calibration_speed", "evaluation_speed", "search_speed")
+TOPICS = ("training_step", "training_memory", "calibration_speed", "evaluation_speed", "search_speed")
 
 
 def machine() -> dict[str, Any]:

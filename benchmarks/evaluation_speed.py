@@ -7,8 +7,11 @@ run in one process that keeps freed memory, as train.py and search.py do; what t
     python -m benchmarks evaluation_speed [--short] [--output folder]
     python -m benchmarks.evaluation_speed accuracy --run folder [--json FILE] [--plot FILE]
 
-The second form measures accuracies on the supernet of an own run, instead of a small one that it trains on digits first:
-how often integer execution and simulation disagree, and what recalibration with few images costs.
+    python -m benchmarks.evaluation_speed plot --json FILE --plot FILE
+
+The second form measures accuracies on the supernet of an own run, instead of a small one that the first trains on digits:
+how often integer execution and simulation disagree, and what recalibration with few images costs. The third plots the latter
+from what either wrote.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from torch import Tensor, nn
 import eqnet.nn.models  # noqa: F401  registers the CIFAR ResNets with timm
 from benchmarks.tables import show
 from benchmarks.timing import interleave, ratio
-from eqnet.checkpoint import write_json
+from eqnet.checkpoint import read_json, write_json
 from eqnet.command import keep_freed_memory
 from eqnet.data import Batches, DataSplits, calibration_batches, random_subset
 from eqnet.nn.integer_supernet import IntegerSupernet
@@ -304,13 +307,12 @@ def plot_recalibration(rows: dict[str, Any], path: Path) -> None:
         marker="o",
         label=f"mean accuracy, distance to {images[-1]} images [%]",
     )
-    axes.set(
-        xscale="log", xlabel="training images that recalibrate BN", ylabel="error of the accuracy [%]", ylim=(0, None)
-    )
+    axes.set(xscale="log", xlabel="training images that recalibrate BN", ylabel="error of the accuracy [%]")
     axes.set_xticks(images, [str(n) for n in images])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
+    axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the legend
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
@@ -356,12 +358,19 @@ def main() -> None:
     accuracy.add_argument("--run", required=True)
     accuracy.add_argument("--json", type=Path)
     accuracy.add_argument("--plot", type=Path)
+    plot = jobs.add_parser("plot")
+    plot.add_argument("--json", type=Path, required=True)
+    plot.add_argument("--plot", type=Path, required=True)
     job = jobs.add_parser("worker")
     job.add_argument("net")
     job.add_argument("memory", choices=["kept", "returned"])
     arguments = parser.parse_args()
     if arguments.job == "worker":
         return worker(arguments.net, arguments.memory)
+    if arguments.job == "plot":
+        written = read_json(arguments.json)
+        rows = written.get("rows", written)
+        return plot_recalibration(rows.get("digits: recalibration") or rows["recalibration"], arguments.plot)
     keep_freed_memory()
     rows = accuracy_rows(Run.open(arguments.run), short=False)
     show(Console(width=170, highlight=False), arguments.run, rows)

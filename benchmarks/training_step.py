@@ -9,10 +9,6 @@ contiguous layout, which is what most people train with.
 
 from __future__ import annotations
 
-import json
-import resource
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,7 +22,6 @@ from torch import Tensor, nn
 
 import eqnet.nn.models  # noqa: F401  registers the CIFAR ResNets with timm
 from benchmarks.timing import interleave, ratio
-from eqnet.command import keep_freed_memory
 from eqnet.nn.kernels import choose_kernels, traced_kernels
 from eqnet.nn.supernet import Supernet
 from eqnet.settings import TrainSettings
@@ -116,13 +111,6 @@ def supernet_steps(model: nn.Module, images: Tensor, labels: Tensor, precision: 
     return run
 
 
-def peak_memory(net: str, variant: str) -> float:
-    """Peak resident memory in MiB of a process that runs the variant three times."""
-    command = [sys.executable, "-m", "benchmarks.training_step", net, variant]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout.splitlines()[-1]))
-
-
 PARTS = {  # where the time goes: operations as the profiler names them
     "convolutions": ("aten::mkldnn_convolution", "aten::convolution_backward", "aten::addmm", "aten::mm"),
     "batch norm": ("aten::native_batch_norm", "aten::native_batch_norm_backward"),
@@ -157,17 +145,11 @@ def measured(net: str, variants: Iterable[str], rounds: int, warmup: int) -> dic
 
 
 def run(short: bool) -> dict[str, Any]:
-    """Seconds, ratios and memory of all variants of both networks, shares of a step, and growth with batch and depth."""
+    """Seconds and ratios of all variants of both networks, shares of a step, and growth with batch and depth."""
     out: dict[str, Any] = {}
     rounds, warmup = (1, 1) if short else (7, 2)
     for net in SHORT if short else NETS:
         out[net] = measured(net, VARIANTS, rounds, warmup)
-        if not short:
-            for variant, row in out[net].items():
-                row["peak memory [MiB]"] = peak_memory(net, variant)
-                row["/ memory of its floor"] = (
-                    row["peak memory [MiB]"] / out[net][FLOORS[VARIANTS[variant][2]]]["peak memory [MiB]"]
-                )
         for variant in ("supernet float32, compiled", "supernet bf16, compiled"):
             step = make_step(net, variant)
             for _ in range(warmup):
@@ -186,11 +168,3 @@ def run(short: bool) -> dict[str, Any]:
         for rows in [measured(net, pair, 5, 2)]
     }
     return out
-
-
-if __name__ == "__main__":
-    keep_freed_memory()
-    step = make_step(sys.argv[1], sys.argv[2])
-    for _ in range(3):
-        step()
-    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))

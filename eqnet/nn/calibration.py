@@ -39,7 +39,7 @@ _EXACT_VALUES = 2**14  # values of a channel that are used one by one; more are 
 _COARSE_BINS = 2**11  # bins of a channel with fewer values
 _RUNNING_BINS = 2**15  # bins of a histogram that grows, half of them for negative values
 _BLOCK = 2**18  # numbers that a thread handles at once: temporaries stay in the cache
-_COUNT_BLOCK = 2**20  # values counted at once
+_COUNTED = 2**20  # values of a tensor that a histogram counts; of more, evenly spaced ones
 _CHANNEL_BLOCK = 2**22  # values of the channels searched at once
 
 T = TypeVar("T")
@@ -80,13 +80,13 @@ class _Bins:
 
 
 class Histogram:
-    """Counts of all values of a stream, in bins whose width is a power of two.
+    """Counts of the values of a stream, in bins whose width is a power of two.
 
     Where a value lies beyond the range, the range doubles and pairs of bins are merged: the counts depend on all values
-    together, not on the order or the batches in which they came. 256 KiB, whatever is added.
+    together, not on their order. 256 KiB, whatever is added. Of a tensor with more than 2^20 values, every k-th is counted.
 
     Attributes:
-        low, high: float32 [1], the smallest and the largest value so far, exact.
+        low, high: float32 [1], the smallest and the largest of all values so far.
     """
 
     def __init__(self, device: torch.device | str | None = None) -> None:
@@ -96,17 +96,15 @@ class Histogram:
         self._exponent = -100  # the range is +- 2 ** exponent
 
     def add(self, x: Tensor) -> None:
-        """Counts all elements of `x`, float of any shape and layout.
+        """Counts the elements of `x`, float of any shape and layout.
 
         Raises:
             ValueError: a value is not finite, or there is none.
         """
         if x.numel() == 0:
             raise ValueError("calibration got an empty tensor; give at least one image.")
-        order = sorted(
-            range(x.ndim), key=x.stride().__getitem__, reverse=True
-        )  # as it lies in memory: nothing is copied
-        flat = x.detach().permute(order).reshape(-1)
+        order = sorted(range(x.ndim), key=x.stride().__getitem__, reverse=True)
+        flat = x.detach().permute(order).reshape(-1)  # as it lies in memory: nothing is copied
         low, high = (t.float() for t in flat.aminmax())
         peak = float(torch.maximum(-low, high))
         if not math.isfinite(peak):
@@ -114,13 +112,11 @@ class Histogram:
         self._grow(math.frexp(peak * 1.001)[1] if peak else self._exponent)
         half = _RUNNING_BINS // 2
         scale = math.ldexp(float(half), -self._exponent)
-        scaled = torch.empty(min(_COUNT_BLOCK, len(flat)), device=self.counts.device)
-        index = torch.empty_like(scaled, dtype=torch.int32)
-        for part in flat.split(_COUNT_BLOCK):
-            at = slice(0, len(part))
-            torch.mul(part, scale, out=scaled[at]).add_(half)
-            index[at].copy_(scaled[at])  # truncation rounds down, because all are positive
-            self.counts += torch.bincount(index[at], minlength=_RUNNING_BINS)
+        every = -(-len(flat) // _COUNTED)
+        while every > 1 and math.gcd(every, len(flat)) > 1:  # else only some channels or columns would be counted
+            every += 1
+        index = flat[::every].mul(scale).float().add_(half).int()  # truncation rounds down, because all are positive
+        self.counts += torch.bincount(index, minlength=_RUNNING_BINS)
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
 
     def _grow(self, exponent: int) -> None:
