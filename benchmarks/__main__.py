@@ -47,7 +47,7 @@ def machine() -> dict[str, Any]:
 def main() -> None:
     """Runs the topics one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("topics", nargs="*", choices=[*TOPICS, []], default=list(TOPICS), metavar="topic")
+    parser.add_argument("topics", nargs="*", metavar="topic", help=", ".join(TOPICS))
     parser.add_argument("--short", action="store_true", help="tiny nets, to see that it works")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--page", type=Path, help="fill this page with the tables of the folder; measure nothing")
@@ -56,6 +56,9 @@ def main() -> None:
         page = arguments.page.read_text()
         atomic_write_bytes(arguments.page, fill(page, arguments.output).encode())
         return
+    unknown = set(arguments.topics) - set(TOPICS)
+    if unknown:
+        parser.error(f"unknown topic {min(unknown)!r}; the topics are {', '.join(TOPICS)}")
     keep_freed_memory()
     console = Console(width=170, highlight=False)
     arguments.output.mkdir(parents=True, exist_ok=True)

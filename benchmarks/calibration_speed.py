@@ -9,6 +9,9 @@ batches, channels_last, BN statistics of the batch.
 
 from __future__ import annotations
 
+import resource
+import subprocess
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 
 import eqnet.nn.models  # noqa: F401  registers the CIFAR ResNets with timm
 from benchmarks.timing import interleave, ratio
+from eqnet.command import keep_freed_memory
 from eqnet.nn.calibration import CALIBRATION_CANDIDATES, CALIBRATION_NORM, in_threads
 from eqnet.nn.functional import code_range
 from eqnet.nn.layers import ElasticLayer
@@ -65,9 +69,9 @@ def supernet(net: Net, **choices: Any) -> Supernet:
 
 
 def batches(net: Net) -> list[Tensor]:
-    """Random images."""
-    images = torch.randn(net.images, 3, net.size, net.size, generator=torch.Generator().manual_seed(0))
-    return list(images.to(memory_format=torch.channels_last).split(net.batch))
+    """Random images, channels_last."""
+    images = torch.randn(net.images, net.size, net.size, 3, generator=torch.Generator().manual_seed(0))
+    return list(images.permute(0, 3, 1, 2).split(net.batch))
 
 
 def calibrate_weights(net: Supernet) -> None:
@@ -185,8 +189,29 @@ def extrapolated_scan(net: Net, calibration_s: float) -> dict[str, dict[str, Any
     }
 
 
+def memory(net: str) -> dict[str, dict[str, Any]]:
+    """Peak memory of calibration beyond the model and the images, each measured in a process of its own."""
+    images = {**NETS, **SHORT}[net].images
+    out = {}
+    for batch in (images, images // 4, images // 8):
+        command = [sys.executable, "-m", "benchmarks.calibration_speed", net, str(batch)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        out[f"batches of {batch}"] = {"peak memory [MiB]": float(done.stdout.splitlines()[-1])}
+    return out
+
+
+def print_memory(net: str, batch: int) -> None:
+    """What `memory` starts."""
+    keep_freed_memory()
+    found = {**NETS, **SHORT}[net]
+    elastic, images = supernet(found), batches(found._replace(batch=batch))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    elastic.calibrate(images)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
 def run(short: bool) -> dict[str, Any]:
-    """Calibration and its parts against its floor, growth with the rows, and an exhaustive scan extrapolated."""
+    """Calibration and its parts against its floor, an exhaustive scan extrapolated, growth with the rows, and memory."""
     out: dict[str, Any] = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(THREADS)
@@ -197,6 +222,11 @@ def run(short: bool) -> dict[str, Any]:
                 net, out[name]["calibration"]["seconds"]
             )
             out[f"{name}: weights of larger spaces"] = growth(net, 1 if short else 3)
+            out[f"{name}: memory beyond model and images"] = memory(name)
     finally:
         torch.set_num_threads(threads)
     return out
+
+
+if __name__ == "__main__":
+    print_memory(sys.argv[1], int(sys.argv[2]))

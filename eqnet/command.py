@@ -61,7 +61,7 @@ def keep_freed_memory() -> None:
         return
     mallopt = ctypes.CDLL(None).mallopt
     # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_TOP_PAD of malloc.h, in bytes
-    for option, value in ((-1, 2**31 - 1), (-3, 2**30), (-2, 2**26)):
+    for option, value in ((-1, 2**31 - 1), (-3, 2**25), (-3, 2**30), (-2, 2**26)):  # older ones refuse 2**30
         mallopt(option, value)
 
 

@@ -31,7 +31,7 @@ def test_every_topic_runs_on_tiny_nets_and_measures_something(topic, tmp_path):
     assert done.returncode == 0, done.stderr
     data = json.loads((tmp_path / f"{topic}.json").read_text())
     found = numbers(data["rows"])
-    assert len(found) > 4
+    assert len(found) >= 4
     assert all(math.isfinite(n) for n in found)
     assert {"cpu", "threads", "torch", "date"} <= set(data["machine"])
     assert topic in done.stdout

@@ -103,6 +103,9 @@ def check_step(supernet: Supernet, size: tuple[int, int, int]) -> None:
         assert weight.grad.any(), name
     for name, quantizer in supernet.quantizers():
         layer, slot = name.rsplit(".", 1)
+        if not quantizer.scale.requires_grad:  # that of the image is calibrated, not learned
+            assert supernet.space.info(layer).reads_images
+            continue
         rows = [quantizer.rows[getattr(config[layer], slot)] for config in configs]
         trained = set(quantizer.scale.grad.nonzero().flatten().tolist())
         assert trained <= set(quantizer.index[rows].flatten().tolist()), name

@@ -86,13 +86,16 @@ class Histogram:
     together, not on their order. 256 KiB, whatever is added. Of a tensor with more than 2^20 values, every k-th is counted.
 
     Attributes:
+        counts: int64 [2^15], the values of each bin.
         low, high: float32 [1], the smallest and the largest of all values so far.
+        tensors: how many have been added.
     """
 
     def __init__(self, device: torch.device | str | None = None) -> None:
         self.counts = torch.zeros(_RUNNING_BINS, dtype=torch.int64, device=device)
         self.low = torch.full((1,), torch.inf, device=device)
         self.high = torch.full((1,), -torch.inf, device=device)
+        self.tensors = 0
         self._exponent = -100  # the range is +- 2 ** exponent
 
     def add(self, x: Tensor) -> None:
@@ -118,6 +121,7 @@ class Histogram:
         index = flat[::every].mul(scale).float().add_(half).int()  # truncation rounds down, because all are positive
         self.counts += torch.bincount(index, minlength=_RUNNING_BINS)
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        self.tensors += 1
 
     def _grow(self, exponent: int) -> None:
         doublings = min(exponent - self._exponent, int(math.log2(_RUNNING_BINS)) - 1)
@@ -129,15 +133,13 @@ class Histogram:
         self._exponent = max(exponent, self._exponent)
 
     def bins(self) -> _Bins:
-        """The counts as a histogram of one channel, of 2^14 bins or more over the range of the values."""
+        """The counts as a histogram of one channel, of 2^13 bins or more over the range of the values; on the CPU."""
         half = _RUNNING_BINS // 2
         first = half if float(self.low) >= 0 else 0
         width = math.ldexp(1.0, self._exponent) / half
-        centers = (
-            torch.arange(first, _RUNNING_BINS, device=self.counts.device, dtype=torch.float64) - half + 0.5
-        ) * width
+        centers = (torch.arange(first - half, half, dtype=torch.float64) + 0.5) * width
         centers[half - first] = 0.0  # the first bin from 0 on, so that the zeros of ReLU are exact
-        return _Bins(self.counts[None, first:].double(), centers[None])
+        return _Bins(self.counts[None, first:].cpu().double(), centers[None])
 
 
 class _Channels:
@@ -226,25 +228,26 @@ def _best_candidates(
 
     few = len(channel) <= 4  # one channel: a finer look costs little
     coarse = points((2048 if bits <= 5 else 512) if few else 256 if bits in (4, 5) else 128 if bits <= 3 else 64)
-    middle = points(min(2 ** (bits + 6), 4096 if few else 1024))
+    middle = points(min(2 ** (bits + 6), 8192 if few else 1024))
     fine = points(2 ** (bits + (8 if few else 7)))
     if coarse.values.shape == fine.values.shape:
         return _errors(fine, channel, s, low, high).argmin(1)
+    final = middle.values.shape != fine.values.shape  # whether the best of a rough look are measured again
     if bits <= 5:
         errors = _errors(coarse, channel, s, low, high, rough=True)
         errors[:, 0] = 0  # the unshrunken range always takes part
         index = errors.topk(_SHORTLIST, 1, largest=False, sorted=False).indices.sort(1).values
-        errors = _errors(middle, channel, *of(index))
+        errors = _errors(middle, channel, *of(index), rough=final)
     else:
         clipping = _errors(coarse, channel, s, low, high, rounding=False, rough=True)
         guess = (clipping + _ROUNDING * s.pow(CALIBRATION_NORM)).argmin(1, keepdim=True)
-        limit = 1.1 * _errors(middle, channel, *of(guess))
+        limit = 1.1 * _errors(middle, channel, *of(guess), rough=True)
         pair, i = (clipping <= limit).nonzero(as_tuple=True)
-        errors = torch.full_like(s, torch.inf)
         marked = s[pair, i, None], low[pair, i, None], high[pair, i, None]
-        errors[pair, i] = _errors(middle, channel[pair], *marked)[:, 0]
+        errors = torch.full_like(s, torch.inf)
+        errors[pair, i] = _errors(middle, channel[pair], *marked, rough=final)[:, 0]
         index = torch.arange(CALIBRATION_CANDIDATES, device=s.device).expand_as(s)
-    if middle.values.shape != fine.values.shape:
+    if final:
         best = errors.topk(_FINALISTS, 1, largest=False, sorted=False).indices.sort(1).values
         index = index.gather(1, best)
         errors = _errors(fine, channel, *of(index))
@@ -290,7 +293,7 @@ def choose_qparams(x: Tensor | Histogram, bits: Tensor, symmetric: Tensor, signe
         signed: False uses codes 0 .. 2^b - 1 (inputs without negative values).
 
     Returns:
-        (scale, offset), float [R, C] each. The error is at most 0.5 % above the best of the 80 ranges, and so of the
+        (scale, offset), float [R, C] each, on the CPU for a histogram. The error is at most 0.5 % above the best of the 80 ranges, and so of the
         unshrunken one. All-zero channels get a tiny positive step.
 
     Raises:
@@ -304,7 +307,7 @@ def choose_qparams(x: Tensor | Histogram, bits: Tensor, symmetric: Tensor, signe
     """
     bits, symmetric = bits.cpu(), symmetric.cpu()
     if isinstance(x, Histogram):
-        return _search(x.low, x.high, x.bins().points, bits, symmetric, signed)
+        return _search(x.low.cpu(), x.high.cpu(), x.bins().points, bits, symmetric, signed)
     x = x.detach().float()
     blocks = (_Channels(block) for block in x.split(max(1, _CHANNEL_BLOCK // x.shape[1])))
     found = [_search(b.low, b.high, b.points, bits, symmetric, signed) for b in blocks]

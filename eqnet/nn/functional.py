@@ -54,7 +54,7 @@ class _FakeQuantize(torch.autograd.Function):
         kernels: Kernels,
     ) -> Tensor:
         dtype, device = x.dtype, x.device.type
-        if dtype == torch.float32 and torch.is_autocast_enabled(device):
+        if dtype == torch.float32 and device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)  # what the layer would cast to anyway
         rows = to_rows(x.detach(), axis).data
         formats = formats._replace(row=formats.row.clone())  # the next config may be selected before the backward pass

@@ -168,19 +168,23 @@ class ElasticQuantizer(nn.Module):
             self.signed.fill_(int(float(values.low) < 0))
         bits, symmetric = zip(*((self.formats[r].bits, self.formats[r].symmetric) for r in rows), strict=True)
         scale, offset = choose_qparams(values, torch.tensor(bits), torch.tensor(symmetric), bool(self.signed))
-        width = scale.shape[1]
-        for r, row_scale, row_offset in zip(rows, scale, offset, strict=True):
+        width, device = scale.shape[1], self.scale.device
+        for r, row_scale, row_offset in zip(rows, scale.to(device), offset.to(device), strict=True):
             self.scale[self.index[r, :width]] = row_scale
             if not self.formats[r].symmetric:
                 self.offset[self.offset_index[r, :width]] = row_offset
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
-        """Counts the values of `x` and sets the active row, with which what comes next runs, from all counted so far."""
+        """Counts the values of `x` and sets the active row, with which what comes next runs, from what was counted.
+
+        Not each time, but whenever the number of tensors has doubled: the row changes less and less.
+        """
         if self._observed is None:
             self._observed = Histogram(self.scale.device)
         self._observed.add(x)
-        self._set_rows(self._observed, [int(self.row)])
+        if self._observed.tensors.bit_count() == 1:
+            self._set_rows(self._observed, [int(self.row)])
 
     @torch.no_grad()
     def finish_observation(self) -> None:
