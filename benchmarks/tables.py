@@ -68,8 +68,8 @@ def markdown(path: Path) -> str:
 def fill(page: str, folder: Path) -> str:
     """A page with the part between `<!-- topic -->` and `<!-- end -->` replaced by the tables of `topic.json`."""
     for path in sorted(folder.glob("*.json")):
-        start, end = f"<!-- {path.stem} -->\n", "\n<!-- end -->"
+        start, end = f"<!-- {path.stem} -->", "\n<!-- end -->"
         before, found, rest = page.partition(start)
         if found:
-            page = before + start + markdown(path) + end + rest.partition(end)[2]
+            page = before + start + "\n" + markdown(path) + end + rest.partition(end)[2]
     return page
