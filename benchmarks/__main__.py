@@ -9,39 +9,18 @@ everything on tiny nets in about a minute, to see that it works. `--page` fills 
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
-import os
-import platform
 import time
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 
 from benchmarks.tables import fill, show
+from benchmarks.timing import machine
 from eqnet.checkpoint import atomic_write_bytes, write_json
 from eqnet.command import keep_freed_memory
 
 TOPICS = ("training_step", "training_memory", "calibration_speed", "evaluation_speed", "search_speed")
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    return {
-        "cpu": cpu,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 def main() -> None:

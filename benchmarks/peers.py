@@ -36,10 +36,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -48,8 +48,9 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks.tables import show
+from benchmarks.timing import machine
 from eqnet.checkpoint import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,6 +62,7 @@ REQUIREMENTS = {
     "aimet": "aimet-torch==2.42.0 torch torchvision",
 }
 WARMUP = 2
+TITLE = "one training step of resnet18, batch 16, 128 px, W8A8, one thread, process CPU time"
 
 
 class Worker:
@@ -200,33 +202,24 @@ def measure(environments: dict[str, str], rounds: int, console: Console) -> dict
         return {worker.library: {**worker.description, "rows": worker.rows()} for worker in workers}
 
 
-def show(results: dict[str, Any], console: Console) -> None:
-    """Prints the table."""
-    table = Table(
-        *("library", "variant", "layout", "quantized", "learned", "float ms", "ms", "ratio", "by round"),
-        title="one training step of resnet18, process CPU time",
-        title_justify="left",
-    )
+def table_rows(results: dict[str, Any]) -> dict[str, Any]:
+    """One row per quantized variant: what it quantizes and learns, milliseconds of process CPU time, ratio to its float step."""
+    rows = {}
     for library, result in results.items():
         floors = {row["memory_format"]: row for row in result["rows"] if row["name"] == "float"}
         for row in result["rows"]:
             if row["name"] == "float":
                 continue
-            table.add_row(
-                f"{library} {result['version']}",
-                row["name"],
-                row["memory_format"],
-                f"{row['weights']} W, {row['acts']} A" if row["weights"] else "-",
-                str(row["learned"]) if row["weights"] else "-",
-                f"{floors[row['memory_format']]['cpu_ms']:.0f}",
-                f"{row['cpu_ms']:.0f}",
-                f"{row['cpu_ratio']:.2f}",
-                " ".join(f"{value:.2f}" for value in row["cpu_ratio_by_round"]),
-            )
-    console.print(table)
-    console.print(
-        "quantized: weight and activation tensors; learned: trained scalars of their quantizers in this step."
-    )
+            rows[f"{library} {result['version']}, {row['name']}, {row['memory_format']}"] = {
+                "weights": row["weights"] or "-",
+                "activations": row["acts"] or "-",
+                "learned scalars": row["learned"] if row["weights"] else "-",
+                "float [ms]": floors[row["memory_format"]]["cpu_ms"],
+                "quantized [ms]": row["cpu_ms"],
+                "/ float": row["cpu_ratio"],
+                "quartiles by round": row["cpu_ratio_by_round"],
+            }
+    return {TITLE: rows}
 
 
 def main() -> None:
@@ -246,20 +239,25 @@ def main() -> None:
     environments |= {"float": sys.executable, "eqnet": sys.executable}  # last: a missing environment shows at once
     if arguments.rounds < 1:
         parser.error(f"--rounds must be at least 1; got {arguments.rounds}.")
-    before = os.getloadavg()[0]
+    start, load = time.perf_counter(), os.getloadavg()[0]
     try:
         results = measure(environments, arguments.rounds, console)
     except (ValueError, RuntimeError) as error:
         sys.exit(str(error))
-    show(results, console)
+    rows = table_rows(results)
+    show(console, "peers", rows)
+    console.print(
+        "weights, activations: quantized tensors; learned scalars: of their quantizers, trained in this step."
+    )
     if arguments.json:
-        machine = {
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "load": [round(x, 2) for x in (before, os.getloadavg()[0])],
-        }
-        setting = {"model": "torchvision resnet18", "batch": 16, "size": 128, "threads": 1, "rounds": arguments.rounds}
-        write_json(arguments.json, {**setting, **machine, "libraries": results})
+        libraries = " ".join(f"--env {name}=peers/{name}/bin/python" for name in environments if name in REQUIREMENTS)
+        loads = [round(x, 2) for x in (load, os.getloadavg()[0])]
+        facts = machine() | {"threads": 1, "rounds": arguments.rounds, "load before and after": loads}
+        seconds = time.perf_counter() - start
+        command = f"python -m benchmarks.peers {libraries}"
+        write_json(
+            arguments.json, {"command": command, "machine": facts, "seconds": seconds, "rows": rows, "samples": results}
+        )
 
 
 if __name__ == "__main__":

@@ -54,10 +54,11 @@ def show(console: Console, title: str, rows: dict[str, Any]) -> None:
 
 
 def markdown(path: Path) -> str:
-    """The tables of one JSON file of `python -m benchmarks`, and what they were measured on."""
+    """The tables of one JSON file of a benchmark, the command that wrote it, and what it was measured on."""
     data = json.loads(path.read_text())
+    command = data.get("command", f"python -m benchmarks {path.stem}")
     machine = ", ".join(f"{k} {v}" for k, v in data["machine"].items())
-    parts = [f"`python -m benchmarks {path.stem}`, {data['seconds']:.0f} s; {machine}."]
+    parts = [f"`{command}`, {data['seconds']:.0f} s; {machine}."]
     for found in tables(path.stem, data["rows"]):
         lines = [f"| {found.title} | {' | '.join(found.columns)} |", "|---" * (len(found.columns) + 1) + "|"]
         lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in found.rows.items()]

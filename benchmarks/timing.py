@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 import gc
+import os
+import platform
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 
 class Timing(NamedTuple):
@@ -54,3 +59,20 @@ def ratio(timings: Mapping[str, Timing], name: str, floor: str) -> float:
     1.5
     """
     return timings[name].median / timings[floor].median
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return {
+        "cpu": cpu,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
