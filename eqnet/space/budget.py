@@ -29,14 +29,15 @@ _UNITS: dict[str, dict[str, float]] = {  # in the unit of the cost; the empty su
     "bitops": {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12},
     "latency": {"us": 1e-3, "ms": 1, "s": 1e3},
 }
+_PLAIN: dict[str, float] = {"": 1}  # the units of other costs
 _QUANTITY = re.compile(r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)")
 _EXAMPLE = "write for example '4', 'w=3,a=4', 'size=180KiB' or 'bitops=1.2G'"
 
 
-def _limit_text(name: str, value: float) -> str:
+def limit_text(name: str, value: float) -> str:
     """The shortest text of a limit that parses back to exactly `value`, e.g. 'size=180KiB'."""
     texts = []
-    for suffix, factor in _UNITS[name].items():
+    for suffix, factor in _UNITS.get(name, _PLAIN).items():
         number = f"{value / factor:.12g}"
         if float(number) * factor == value:
             texts.append(number + suffix)
@@ -45,11 +46,10 @@ def _limit_text(name: str, value: float) -> str:
     return f"{name}={min(texts, key=len)}"
 
 
-def _reachable_text(name: str, value: float) -> str:
+def reachable_text(name: str, value: float) -> str:
     """`value` rounded up to three decimals of a fitting unit, so that copied into a budget it can be met."""
-    suffix, factor = next(
-        ((s, f) for s, f in reversed(_UNITS[name].items()) if f <= value), next(iter(_UNITS[name].items()))
-    )
+    units = _UNITS.get(name, _PLAIN)
+    suffix, factor = next(((s, f) for s, f in reversed(units.items()) if f <= value), next(iter(units.items())))
     number = f"{math.ceil(value / factor * 1000) / 1000:.3f}".rstrip("0").rstrip(".")
     return f"{name}={number}{suffix}"
 
@@ -111,7 +111,7 @@ class Budget:
         return Budget(tuple((name, limits[name]) for name in _UNITS if name in limits))
 
     def __str__(self) -> str:
-        return ",".join(_limit_text(name, value) for name, value in self.limits)
+        return ",".join(limit_text(name, value) for name, value in self.limits)
 
     def bind(
         self,
@@ -135,12 +135,12 @@ class Budget:
         models = []
         for name, limit in self.limits:
             if name not in costs:
-                raise ValueError(f"budget {_limit_text(name, limit)}: no {name} table is available for this space.")
+                raise ValueError(f"budget {limit_text(name, limit)}: no {name} table is available for this space.")
             models.append(costs[name](space))
             if models[-1].minimum > limit:
-                smallest = _reachable_text(name, models[-1].minimum)
+                smallest = reachable_text(name, models[-1].minimum)
                 raise ValueError(
-                    f"budget {_limit_text(name, limit)} cannot be met: the smallest reachable is {smallest}."
+                    f"budget {limit_text(name, limit)} cannot be met: the smallest reachable is {smallest}."
                 )
         limits = np.array([limit for _, limit in self.limits])
         banded = np.array([band is not None and cost.unit == "bits" for cost in models])
@@ -232,8 +232,8 @@ class BoundBudget:
                 anchor: Genomes = genomes[within[0]]
                 return anchor
             prices *= load**exponent
-        names = ",".join(_limit_text(c.name, limit) for c, limit in zip(self.costs, self.limits, strict=True))
-        close = ",".join(_reachable_text(c.name, c(genomes[order[:1]])[0]) for c in self.costs)
+        names = ",".join(limit_text(c.name, limit) for c, limit in zip(self.costs, self.limits, strict=True))
+        close = ",".join(reachable_text(c.name, c(genomes[order[:1]])[0]) for c in self.costs)
         raise ValueError(
             f"budget {names} cannot be met: no config of one form keeps all limits together; closest is {close}."
         )
