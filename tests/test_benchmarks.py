@@ -12,7 +12,7 @@ import pytest
 from benchmarks.tables import fill
 
 ROOT = Path(__file__).resolve().parent.parent
-TOPICS = ("training_step", "training_memory", "calibration_speed", "evaluation_speed", "search_speed")
+TOPICS = ("training_step", "training_memory", "calibration_speed", "evaluation_speed", "processes", "search_speed")
 
 
 def numbers(value: object) -> list[float]:
