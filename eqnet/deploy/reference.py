@@ -207,28 +207,41 @@ class IntegerReference:
             found[name] = IntegerLayer(name, node, weight, self.quantizers.get(codes), codes)
         return found
 
+    def constant(self, name: str) -> Array | None:
+        """The value of a tensor that no input changes, None for any other; float32 if it is on a grid."""
+        return _array(self._constants.get(name))  # type: ignore[no-any-return]
+
     # -- execution ----------------------------------------------------------------------------------------------------
 
-    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+    def run(
+        self,
+        feeds: Mapping[str, Array],
+        outputs: Sequence[str] | None = None,
+        forced: Mapping[str, Array] | None = None,
+    ) -> dict[str, Array]:
         """Tensors by name.
 
         Args:
             feeds: inputs of the graph.
             outputs: names of any tensors of the graph; default: its outputs. Tensors on a grid come as float32 values.
+            forced: values that take the place of computed tensors for what follows, e.g. the codes that a runtime has there,
+                so that its operations are compared one by one.
 
         Raises:
             ValueError: a sum of products does not fit into 32 bits; the layer is named.
         """
         wanted = self.outputs if outputs is None else list(outputs)
         values: dict[str, Any] = {**self._constants, **{name: np.asarray(feeds[name]) for name in self.inputs}}
-        kept = {*wanted, *self._constants}
+        found: dict[str, Array] = {name: _array(values[name]) for name in wanted if name in values}
         for i, node in enumerate(self.nodes):
             if node.output[0] not in self._constants:
                 self._execute(i, values)
+            found.update({name: _array(values[name]) for name in node.output if name in wanted})
+            values.update({name: (forced or {})[name] for name in node.output if name in (forced or {})})
             for name in node.input:
-                if self._last_use[name] == i and name not in kept:
+                if self._last_use[name] == i and name not in self._constants:
                     values.pop(name, None)
-        return {name: _array(values[name]) for name in wanted}
+        return found
 
     def _execute(self, i: int, values: dict[str, Any]) -> None:
         node = self.nodes[i]
