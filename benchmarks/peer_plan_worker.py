@@ -65,9 +65,7 @@ def plan_mct(model: nn.Module, batches: list[Batch], mean_bits: float) -> dict[s
     quantized, _ = mct.ptq.pytorch_post_training_quantization(
         model,
         lambda: ([images.numpy()] for images, _ in batches),
-        target_resource_utilization=mct.core.ResourceUtilization(
-            weights_memory=sum(weights.values()) * mean_bits / 8
-        ),
+        target_resource_utilization=mct.core.ResourceUtilization(weights_memory=sum(weights.values()) * mean_bits / 8),
         core_config=mct.core.CoreConfig(mixed_precision_config=options),
         target_platform_capabilities=mct.get_target_platform_capabilities(tpc_version="1.0", device_type="imx500"),
     )
