@@ -97,10 +97,13 @@ class ActRule(_Rule):
         signed: kinds of codes, the preferred one first.
         zero_point: "zero" for codes whose zero point is always 0, "any" otherwise. Signed and unsigned codes are the same
             numbers where any zero point is possible: they differ by half the range of the container.
+        clipped: kind of the codes narrower than the container, if not the preferred one: a clip of the other kind costs
+            the integer kernel.
     """
 
     signed: Annotated[tuple[Literal["signed", "unsigned"], ...], Field(min_length=1)]
     zero_point: Literal["zero", "any"]
+    clipped: Literal["signed", "unsigned"] | None = None
 
     @model_validator(mode="after")
     def _represents_negative_values(self) -> ActRule:
@@ -144,6 +147,7 @@ class OpRules(Strict):
         act: alternatives, the preferred one first.
         bias: how biases are stored.
         fallback: what happens outside the rules: the target refuses, or silently computes in floating point.
+        output: "quantized" if the integer kernel only runs when its output is quantized too.
     """
 
     kernel: Literal["integer", "float"] = "integer"
@@ -151,6 +155,7 @@ class OpRules(Strict):
     act: Annotated[tuple[ActRule, ...], Field(min_length=1)]
     bias: BiasRule
     fallback: Literal["refuse", "float"]
+    output: Literal["quantized", "any"] = "any"
 
 
 class Ops(Strict):

@@ -1,0 +1,425 @@
+"""Passes over the ONNX graph of a subnet: integers take the places that `trace.py` marked, and BN goes into them.
+
+Order: find the layers, fold BN, absorb clips into input grids, write quantizers and biases, then quantize what the target
+needs quantized besides. Each pass is exact, except integer biases (off by at most half a step) and added quantizers.
+
+Names: the node of a layer has the layer's name (a second call of it `name#2`). What belongs to it begins with that name:
+`name/weight/codes|scale|zero_point|dequantize`, `name/act/scale|zero_point|quantize|clip|dequantize`, `name/bias/...`,
+`name/output/...` (an added quantizer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from torch import nn
+
+from eqnet.deploy.codes import (
+    Floats,
+    Grid,
+    WeightCodes,
+    batch_norm_affine,
+    fold_batch_norm,
+    input_grid,
+    integer_bias,
+    weight_codes,
+)
+from eqnet.deploy.trace import DOMAIN, INPUT, LAYER, WEIGHT, quantized_layers
+from eqnet.space import LayerConfig, LayerInfo, QuantConfig
+from eqnet.space.hardware import HardwareTarget
+from eqnet.space.qconfig import MAX_BITS
+from eqnet.space.target_rules import CONTAINER_BITS, OpRules
+
+_DTYPES = {"int8": np.int8, "uint8": np.uint8, "int4": ml_dtypes.int4, "int2": ml_dtypes.int2}
+MOVES_VALUES = (
+    "MaxPool",
+    "Reshape",
+    "Flatten",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "Slice",
+)  # commute with quantizers
+_LAYER_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+@dataclass
+class Layer:
+    """A quantized layer on its way into the file.
+
+    Attributes:
+        info, chosen, rules: facts, formats, and what the target says about the operation.
+        weight, grid: the integers; no grid where the input stays in floating point.
+        nodes: the node of each call.
+        bias: float64 [C] after folding, None if there is none.
+        batch_norm: "folded", why it was not, or None if there is none.
+        bias_dtype, bias_error: as written; the error is absolute.
+        bias_reason: why the bias is not what the target's rule says.
+    """
+
+    info: LayerInfo
+    chosen: LayerConfig
+    rules: OpRules
+    weight: WeightCodes
+    grid: Grid | None
+    nodes: list[ir.Node] = field(default_factory=list)
+    bias: Floats | None = None
+    batch_norm: str | None = None
+    bias_dtype: str | None = None
+    bias_error: float = 0.0
+    bias_reason: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The layer's name in the subnet."""
+        return self.info.name
+
+    @property
+    def integer(self) -> bool:
+        """Whether the target says that it runs on an integer kernel."""
+        return self.grid is not None and self.rules.kernel == "integer" and self.nodes[0].op_type in _LAYER_OPS
+
+    @property
+    def can_clip(self) -> bool:
+        """Whether the target takes clips of input codes: where it runs codes narrower than their container."""
+        return any(min(rule.bits) < CONTAINER_BITS.get(rule.container, MAX_BITS) for rule in self.rules.act)
+
+
+# -- small things -----------------------------------------------------------------------------------------------------
+
+
+def constant(graph: ir.Graph, name: str, array: Any) -> ir.Value:
+    """An initializer; the one of that name if it exists."""
+    if name not in graph.initializers:
+        tensor = ir.tensor(np.asarray(array), name=name)
+        value = ir.Value(
+            name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        graph.register_initializer(value)
+    return graph.initializers[name]
+
+
+def array_of(value: ir.Value | None) -> Any:
+    """The numpy array of a constant, None for anything else."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
+
+
+def only_consumer(value: ir.Value) -> ir.Node | None:
+    """The node that alone reads a value, once."""
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def _node(
+    op_type: str, inputs: Sequence[ir.Value | None], name: str, like: ir.Value, dtype: Any, **attrs: Any
+) -> ir.Node:
+    output = ir.Value(name=f"{name}/value", shape=like.shape, type=ir.TensorType(dtype))
+    return ir.node(op_type, list(inputs), attributes=attrs or None, outputs=[output], name=name)
+
+
+def _per_channel(values: Any) -> Any:
+    """A scalar for one value, else a vector."""
+    return values.reshape(()) if values.size == 1 else values
+
+
+def quantizer_nodes(graph: ir.Graph, x: ir.Value, grid: Grid, prefix: str, names: str) -> list[ir.Node]:
+    """QuantizeLinear, a Clip of codes where the range is narrower than the container, DequantizeLinear.
+
+    Args:
+        graph: gets the constants.
+        x: what is quantized.
+        grid: how.
+        prefix: of the nodes' names.
+        names: prefix of the constants' names.
+    """
+    dtype = _DTYPES[grid.container]
+    code_type = ir.DataType.from_numpy(np.dtype(dtype))
+    scale = constant(graph, f"{names}/scale", np.float32(grid.scale))
+    zero = constant(graph, f"{names}/zero_point", dtype(grid.zero_point))
+    nodes = [_node("QuantizeLinear", [x, scale, zero], f"{prefix}/quantize", x, code_type)]
+    if grid.clipped:
+        ends = [constant(graph, f"{names}/{end}", dtype(getattr(grid, end))) for end in ("low", "high")]
+        nodes.append(_node("Clip", [nodes[-1].outputs[0], *ends], f"{prefix}/clip", x, code_type))
+    last = nodes[-1].outputs[0]
+    nodes.append(_node("DequantizeLinear", [last, scale, zero], f"{prefix}/dequantize", x, ir.DataType.FLOAT))
+    return nodes
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+def integer_layers(
+    subnet: nn.Module, config: QuantConfig, layers: Sequence[LayerInfo], target: HardwareTarget
+) -> dict[str, Layer]:
+    """The quantized layers with their integers in the target's containers.
+
+    Raises:
+        ValueError: the target executes other codes than the subnet has.
+    """
+    modules, found = quantized_layers(subnet), {}
+    for info in layers:
+        module, chosen, rules, grid = modules[info.name], config[info.name], target.rules(info), None
+        assert rules is not None
+        if module.act_scale is not None and chosen.act is not None and info.calls > 0:
+            grid = input_grid(module, info.name, info, chosen.act, target)
+        found[info.name] = Layer(info, chosen, rules, weight_codes(module, info.name, info, chosen, target), grid)
+    return found
+
+
+def find_nodes(graph: ir.Graph, layers: Mapping[str, Layer]) -> None:
+    """Finds the nodes that read the layers' weights, and names them after the layers.
+
+    Raises:
+        ValueError: a layer's weight is not in the graph.
+    """
+    for marker in [node for node in graph if (node.domain, node.op_type) == (DOMAIN, WEIGHT)]:
+        layer = layers[marker.attributes[LAYER].as_string()]
+        for reader in _readers(marker):
+            if reader not in layer.nodes:
+                layer.nodes.append(reader)
+                reader.name = layer.name if len(layer.nodes) == 1 else f"{layer.name}#{len(layer.nodes)}"
+        bias = array_of(_bias_value(layer.nodes[0])) if layer.nodes else None
+        layer.bias = None if bias is None else bias.astype(np.float64)
+    for layer in layers.values():
+        if not layer.nodes:
+            raise ValueError(
+                f"layer {layer.name!r} is not part of the exported graph: its output does not reach the model's."
+            )
+
+
+def _readers(marker: ir.Node) -> list[ir.Node]:
+    """Nodes that compute with a weight, behind transpositions."""
+    nodes = []
+    for use in marker.outputs[0].uses():
+        nodes += _readers(use.node) if use.node.op_type == "Transpose" else [use.node]
+    return nodes
+
+
+def _bias_value(node: ir.Node) -> ir.Value | None:
+    has_bias = node.op_type in ("Conv", "ConvTranspose", "Gemm") and len(node.inputs) > 2
+    return node.inputs[2] if has_bias else None
+
+
+def fold_norms(graph: ir.Graph, layers: Mapping[str, Layer], target: HardwareTarget) -> None:
+    """Puts BN behind a layer into its step sizes and bias, where the target has a step size for each channel."""
+    for layer in layers.values():
+        node = layer.nodes[0]
+        norm = only_consumer(node.outputs[0])
+        if norm is None or norm.op_type != "BatchNormalization":
+            continue
+        layer.batch_norm = _fold(layer, node, norm, target)
+        if layer.batch_norm == "folded":
+            norm.outputs[0].replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
+            graph.remove(norm, safe=True)
+
+
+def _fold(layer: Layer, node: ir.Node, norm: ir.Node, target: HardwareTarget) -> str:
+    rule = target.weight_rule(layer.info, layer.chosen.weight)
+    values = [array_of(value) for value in norm.inputs[1:5]]
+    if len(layer.nodes) > 1:
+        return "the layer is called more than once"
+    if node.op_type == "ConvTranspose" and node.attributes.get_int("group", 1) > 1:
+        return "groups of a transposed convolution share step sizes"
+    if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or any(value is None for value in values):
+        return "it does not normalise the channels of the layer"
+    if "channel" not in rule.granularity:
+        return f"{target.name} has one step size per tensor"
+    if rule.power_of_two:
+        return f"{target.name} has power-of-two step sizes"
+    gain, shift, mean, var = (value.astype(np.float64) for value in values)
+    factor, offset = batch_norm_affine(gain, shift, mean, var, norm.attributes.get_float("epsilon", 1e-5))
+    lowest = -(2 ** (rule.container_bits(layer.chosen.weight) - 1)) + rule.narrow_range
+    folded = fold_batch_norm(layer.weight, factor, False in rule.symmetric, lowest)
+    if isinstance(folded, str):
+        return folded
+    layer.weight = folded
+    layer.bias = offset if layer.bias is None else factor * layer.bias + offset
+    return "folded"
+
+
+# -- clips ------------------------------------------------------------------------------------------------------------
+
+
+def absorb_clips(graph: ir.Graph, value: ir.Value, grid: Grid, can_clip: bool) -> tuple[ir.Value, Grid]:
+    """Takes ReLU and clips before a quantizer into its codes, exactly, where runtimes would not fuse them otherwise.
+
+    A ReLU whose zero is the container's lowest code stays: runtimes fuse it.
+
+    Returns:
+        What the quantizer reads now, and its grid.
+    """
+    node = value.producer()
+    while node is not None and node.op_type in ("Relu", "Clip") and len(list(value.uses())) <= 1:
+        low, high = _bounds(node)
+        inner = node.inputs[0]
+        if low is None or high is None or inner is None or value.is_graph_output():
+            break
+        bounded = grid.bounded(low, high)
+        stays = node.op_type == "Relu" and (bounded == grid and not bounded.clipped)
+        if stays or (bounded.clipped and not can_clip):
+            break
+        value.replace_all_uses_with(inner)
+        graph.remove(node, safe=True)
+        value, grid, node = inner, bounded, inner.producer()
+    return value, grid
+
+
+def _bounds(node: ir.Node) -> tuple[float | None, float | None]:
+    """Ends of a ReLU or Clip; None where they are computed."""
+    if node.op_type == "Relu":
+        return 0.0, np.inf
+    ends = [*node.inputs[1:3], None, None][:2]
+    arrays = [array_of(end) for end in ends]
+    if any(end is not None and array is None for end, array in zip(ends, arrays, strict=True)):
+        return None, None
+    low, high = arrays
+    return (-np.inf if low is None else float(low)), (np.inf if high is None else float(high))
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_inputs(graph: ir.Graph, layers: Mapping[str, Layer]) -> None:
+    """Replaces the marked inputs by quantizers."""
+    calls: dict[str, int] = {}
+    for marker in [node for node in graph if (node.domain, node.op_type) == (DOMAIN, INPUT)]:
+        layer = layers[marker.attributes[LAYER].as_string()]
+        x, output = marker.inputs[0], marker.outputs[0]
+        assert x is not None
+        assert layer.grid is not None
+        calls[layer.name] = calls.get(layer.name, 0) + 1
+        number = calls[layer.name]
+        if layer.info.calls == 1:
+            x, layer.grid = absorb_clips(graph, x, layer.grid, layer.can_clip)
+        prefix = f"{layer.name}/act" if number == 1 else f"{layer.name}#{number}/act"
+        nodes = quantizer_nodes(graph, x, layer.grid, prefix, f"{layer.name}/act")
+        graph.insert_before(marker, nodes)
+        output.replace_all_uses_with(nodes[-1].outputs[0], replace_graph_outputs=True)
+        graph.remove(marker, safe=True)
+
+
+def write_weights(graph: ir.Graph, layers: Mapping[str, Layer]) -> None:
+    """Replaces the marked weights by DequantizeLinear of the codes; a transposition goes into the codes."""
+    for marker in [node for node in graph if (node.domain, node.op_type) == (DOMAIN, WEIGHT)]:
+        layer, value = layers[marker.attributes[LAYER].as_string()], marker.outputs[0]
+        transposes = [use.node for use in value.uses() if use.node.op_type == "Transpose"]
+        for transpose in transposes:
+            dequantize = _weight_node(graph, layer, marker, transposed=True)
+            graph.insert_before(transpose, [dequantize])
+            transpose.outputs[0].replace_all_uses_with(dequantize.outputs[0])
+            graph.remove(transpose, safe=True)
+        if value.uses():
+            dequantize = _weight_node(graph, layer, marker, transposed=False)
+            graph.insert_before(marker, [dequantize])
+            value.replace_all_uses_with(dequantize.outputs[0])
+        graph.remove(marker, safe=True)
+
+
+def _weight_node(graph: ir.Graph, layer: Layer, marker: ir.Node, transposed: bool) -> ir.Node:
+    weight, name = layer.weight, f"{layer.name}/weight"
+    dtype = _DTYPES[weight.container]
+    codes, axis = (weight.codes.T, 1 - weight.axis) if transposed else (weight.codes, weight.axis)
+    stem = f"{name}/codes_transposed" if transposed else f"{name}/codes"
+    inputs = [
+        constant(graph, stem, np.ascontiguousarray(codes).astype(dtype)),
+        constant(graph, f"{name}/scale", _per_channel(weight.scale)),
+        constant(graph, f"{name}/zero_point", _per_channel(weight.zero_point).astype(dtype)),
+    ]
+    number = 1 + sum(node.name.startswith(f"{name}/dequantize") for node in graph if node.name)
+    suffix = "" if number == 1 else f"#{number}"
+    node = _node("DequantizeLinear", inputs, f"{name}/dequantize{suffix}", inputs[0], ir.DataType.FLOAT, axis=axis)
+    if weight.scale.size == 1:
+        del node.attributes["axis"]
+    return node
+
+
+def write_biases(graph: ir.Graph, layers: Mapping[str, Layer]) -> None:
+    """Writes the biases as the target's rule says; those behind matrix products stay additions in floating point."""
+    for layer in layers.values():
+        if layer.bias is None:
+            continue
+        rule, number = layer.rules.bias, None
+        layer.bias_dtype = "float32"
+        if layer.integer and rule.dtype != "float32" and layer.grid is not None:
+            number = integer_bias(layer.bias, layer.weight, layer.grid, rule)
+        if isinstance(number, str):
+            layer.bias_reason, number = number, None
+        for node in layer.nodes:
+            if number is None:
+                value = constant(graph, f"{layer.name}/bias", layer.bias.astype(np.float32))
+            else:
+                layer.bias_dtype, layer.bias_error = rule.dtype, number.error
+                name = f"{layer.name}/bias"
+                inputs = [
+                    constant(graph, f"{name}/codes", number.codes),
+                    constant(graph, f"{name}/scale", _per_channel(number.scale)),
+                    constant(
+                        graph, f"{name}/zero_point", np.zeros(_per_channel(number.scale).shape, number.codes.dtype)
+                    ),
+                ]
+                axis = {} if number.scale.size == 1 else {"axis": 0}
+                dequantize = _node(
+                    "DequantizeLinear", inputs, f"{node.name}/bias/dequantize", inputs[0], ir.DataType.FLOAT, **axis
+                )
+                graph.insert_before(node, [dequantize])
+                value = dequantize.outputs[0]
+            if len(node.inputs) < 3:
+                node.resize_inputs(3)
+            node.replace_input_with(2, value)
+
+
+# -- quantizers that the target needs besides -------------------------------------------------------------------------
+
+
+def unquantized_outputs(layers: Mapping[str, Layer]) -> dict[str, ir.Value]:
+    """Outputs (behind fused ReLU and clips) of layers whose integer kernel needs a quantized output and that have none."""
+    found = {}
+    for layer in layers.values():
+        if not layer.integer or layer.rules.output != "quantized":
+            continue
+        for node in layer.nodes:
+            value = node.outputs[0]
+            while (following := only_consumer(value)) is not None and following.op_type in ("Relu", "Clip"):
+                if following.op_type == "Clip" and _bounds(following)[0] is None:
+                    break
+                value = following.outputs[0]
+            if not _is_quantized(value):
+                found[str(node.name)] = value
+    return found
+
+
+def _is_quantized(value: ir.Value) -> bool:
+    """Whether a quantizer alone reads the value, if need be behind operations that commute with it."""
+    reader = only_consumer(value)
+    while reader is not None and reader.op_type in MOVES_VALUES:
+        reader = only_consumer(reader.outputs[0])
+    return reader is not None and reader.op_type == "QuantizeLinear"
+
+
+def write_outputs(
+    graph: ir.Graph, layers: Mapping[str, Layer], values: Mapping[str, ir.Value], grids: Mapping[str, Grid]
+) -> dict[str, Grid]:
+    """Quantizes outputs of layers, by node. Returns the grids as written, bounded by the clips they took in."""
+    written = {}
+    for name, value in values.items():
+        marker = _node("Output", [value], name, value, ir.DataType.FLOAT)
+        producer = value.producer()
+        assert producer is not None
+        graph.insert_after(producer, [marker])
+        for use in list(value.uses()):
+            if use.node is not marker:
+                use.node.replace_input_with(use.idx, marker.outputs[0])
+        if value.is_graph_output():
+            graph.outputs[list(graph.outputs).index(value)] = marker.outputs[0]
+        x, written[name] = absorb_clips(graph, value, grids[name], layers[name.split("#")[0]].can_clip)
+        nodes = quantizer_nodes(graph, x, written[name], f"{name}/output", f"{name}/output")
+        graph.insert_before(marker, nodes)
+        marker.outputs[0].replace_all_uses_with(nodes[-1].outputs[0], replace_graph_outputs=True)
+        graph.remove(marker, safe=True)
+    return written
