@@ -11,6 +11,7 @@ device would store.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -161,9 +162,13 @@ def make_quantized(module: nn.Module) -> None:
         buffers["act_zero_point"] = zero_point(act_scale, offset, qmin, qmax)
         buffers["act_qmin"], buffers["act_qmax"] = qmin.clone(), qmax.clone()
     del module.weight_quantizer, module.act_quantizer
-    module.__class__ = _subclass(QuantizedLayer, type(module).float_type)  # type: ignore[attr-defined]
-    del module._parameters["weight"]
-    for name in ("gain",):  # consumed by the standardized weight
+    become_quantized(module, buffers)
+
+
+def become_quantized(module: Any, buffers: Mapping[str, Tensor | None]) -> None:
+    """Turns a float or elastic layer into an integer layer with the buffers of `QuantizedLayer`, in place."""
+    module.__class__ = _subclass(QuantizedLayer, getattr(module, "float_type", type(module)))
+    for name in ("weight", "gain"):  # gains are part of standardized weights, and so of the codes
         module._parameters.pop(name, None)
     for name, value in buffers.items():
         module.register_buffer(name, value)

@@ -109,10 +109,14 @@ def trace_layers(model: nn.Module, input_size: Sequence[int]) -> list[LayerInfo]
 
 
 def count_float_numel(model: nn.Module, layers: Iterable[LayerInfo]) -> int:
-    """Parameters and floating-point buffers that stay in float32: biases, BN, embeddings."""
-    quantized = {f"{layer.name}.weight" for layer in layers}
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return sum(t.numel() for name, t in tensors if name not in quantized and t.is_floating_point())
+    """Values that a deployed subnet keeps in float32: biases, BN, embeddings.
+
+    What `eqnet.deploy.packed` stores: shared tensors once; no gains of standardized weights, which their codes contain; no
+    buffers that the model computes when it is built.
+    """
+    quantized = {f"{layer.name}.{part}" for layer in layers for part in ("weight", "gain")}
+    tensors = {id(t): t for name, t in model.state_dict(keep_vars=True).items() if name not in quantized}
+    return sum(t.numel() for t in tensors.values() if t.is_floating_point())
 
 
 class Supernet(nn.Module):
