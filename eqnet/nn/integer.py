@@ -91,7 +91,7 @@ def runs_on_integers(layer: object) -> bool:
     """Whether the kernels exist for a layer's type, padding and input (single formats may still be out of range)."""
     if not isinstance(layer, ElasticLayer) or layer.act_quantizer is None:
         return False
-    float_type = type(layer).float_type  # type: ignore[attr-defined]
+    float_type = type(layer).float_type
     if float_type in LINEAR_TYPES:
         return True
     conv: Any = layer

@@ -59,6 +59,7 @@ class ElasticLayer(QuantMixin):
 
     weight_quantizer: ElasticQuantizer
     act_quantizer: ElasticQuantizer | None
+    float_type: type
     _parameters: dict[str, nn.Parameter | None]
 
     @property
@@ -167,7 +168,8 @@ def make_quantized(module: nn.Module) -> None:
 
 def become_quantized(module: Any, buffers: Mapping[str, Tensor | None]) -> None:
     """Turns a float or elastic layer into an integer layer with the buffers of `QuantizedLayer`, in place."""
-    module.__class__ = _subclass(QuantizedLayer, getattr(module, "float_type", type(module)))
+    float_type: Any = module.float_type if isinstance(module, ElasticLayer) else type(module)
+    module.__class__ = _subclass(QuantizedLayer, float_type)
     for name in ("weight", "gain"):  # gains are part of standardized weights, and so of the codes
         module._parameters.pop(name, None)
     for name, value in buffers.items():
