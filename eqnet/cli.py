@@ -1,10 +1,11 @@
-"""The command line: `eqnet targets list | show NAME | check NAME SUBNET`.
+"""The command line: `eqnet targets list | show NAME | check NAME SUBNET`, `eqnet export SUBNET --target NAME`.
 
 The user's mistakes end in one sentence on standard error and exit code 2.
 """
 
 from __future__ import annotations
 
+import enum
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,14 @@ from eqnet.space.hardware import HardwareTarget, load_target, target_names
 
 SLOTS: tuple[Slot, ...] = ("weight", "act")
 TargetName = Annotated[str, typer.Argument(metavar="NAME", help="a built-in target, or the path of a target file")]
+
+
+class FileFormat(enum.StrEnum):
+    """Kinds of exported files."""
+
+    onnx = "onnx"
+    torch = "torch"
+
 
 app = typer.Typer(help="Elastic quantization supernets.", pretty_exceptions_enable=False)
 targets = typer.Typer(help="Hardware targets: what devices execute.")
@@ -71,6 +80,51 @@ def check_target(
     raise typer.Exit(2)
 
 
+@app.command("export")
+def export_subnet(
+    subnet: Annotated[Path, typer.Argument(help="a subnet.json of a search")],
+    target: Annotated[str, typer.Option(help="a built-in target, or the path of a target file")],
+    run: Annotated[Path | None, typer.Option(help="folder of the run (default: the one that holds the subnet)")] = None,
+    output: Annotated[Path | None, typer.Option(help="file to write (default: TARGET.onnx beside the subnet)")] = None,
+    file_format: Annotated[FileFormat, typer.Option("--format", help="kind of file")] = FileFormat.onnx,
+    batch: Annotated[int | None, typer.Option(min=1, help="images per call (default: any number)")] = None,
+    images: Annotated[int, typer.Option(min=1, help="training images that calibrate added quantizers")] = 256,
+) -> None:
+    """Writes a subnet as an ONNX file for a target, with a description beside it (or as a torch.export program)."""
+    from eqnet.deploy.export import check_output, export_onnx, export_torch  # imports torch
+    from eqnet.deploy.subnet import load_subnet
+
+    hardware = load_target(target)
+    suffix = ".onnx" if file_format is FileFormat.onnx else ".pt2"
+    path = output or subnet.with_name(f"{hardware.name}{suffix}")
+    check_output(path, suffix)
+    saved, console = load_subnet(subnet, _run_folder(subnet, run)), make_console()
+    if file_format is FileFormat.torch:
+        export_torch(saved.module, path, input_size=saved.input_size, batch=batch)
+        console.print(f"saved {path}", markup=False, soft_wrap=True)
+        return
+    description = export_onnx(
+        saved.module,
+        saved.config,
+        saved.layers,
+        hardware,
+        path,
+        input_size=saved.input_size,
+        images=saved.training_images(images),
+        batch=batch,
+        pixels={name: saved.facts.get(name) for name in ("mean", "std")},
+        source=saved.source,
+    )
+    layers, added = description["layers"], description["quantizers"]
+    in_float = [f"{name} ({facts['reason']})" for name, facts in layers.items() if facts["kernel"] == "float"]
+    console.print(f"saved {path} and {path.name}.json", markup=False, soft_wrap=True)
+    console.print(
+        f"{len(layers)} layers, {len(added)} outputs quantized besides, {len(in_float)} layers in floating point"
+    )
+    for name in in_float:
+        console.print(f"in floating point: {name}", markup=False, soft_wrap=True)
+
+
 def main() -> None:
     """The entry point of `eqnet`."""
     run_command(lambda: _run(sys.argv[1:] or ["--help"]))
@@ -118,6 +172,15 @@ def _facts(target: HardwareTarget) -> list[tuple[str, str]]:
     ]
 
 
+def _run_folder(path: Path, run: Path | None) -> Path:
+    """The folder of the trained run that holds a subnet, or the one that is named. Raises ValueError if there is none."""
+    for folder in [run] if run is not None else path.resolve().parents:
+        if (folder / "supernet.json").is_file():
+            return folder
+    where = f"{run} is not the folder of a trained run" if run else f"{path} does not lie in the folder of a run"
+    raise ValueError(f"{where} (there is no supernet.json); name the run with --run.")
+
+
 def _read_subnet(path: Path, run: Path | None) -> tuple[QuantConfig, QuantSpace]:
     """The config of a `subnet.json`, and the space of the run that it belongs to.
 
@@ -127,16 +190,12 @@ def _read_subnet(path: Path, run: Path | None) -> tuple[QuantConfig, QuantSpace]
     from eqnet.checkpoint import read_json  # imports torch, which the other commands do not need
 
     document: Any = read_json(path)
-    folders = [run] if run is not None else list(path.resolve().parents)
-    headers = [folder / "supernet.json" for folder in folders if (folder / "supernet.json").is_file()]
-    if not headers:
-        where = f"{run} is not the folder of a trained run" if run else f"{path} does not lie in the folder of a run"
-        raise ValueError(f"{where} (there is no supernet.json); name the run with --run.")
-    header: Any = read_json(headers[0])
+    supernet = _run_folder(path, run) / "supernet.json"
+    header: Any = read_json(supernet)
     try:
         space = QuantSpace.from_json(header["space"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{headers[0]} does not describe a supernet: {str(error).rstrip('.')}.") from error
+        raise ValueError(f"{supernet} does not describe a supernet: {str(error).rstrip('.')}.") from error
     try:
         config = QuantConfig.from_json(document["layers"])
         space.check(config)

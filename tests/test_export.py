@@ -20,7 +20,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from eqnet.deploy.codes import Grid, WeightCodes, fold_batch_norm, integer_bias
-from eqnet.deploy.export import export_onnx, read_sidecar, sidecar_path
+from eqnet.deploy.export import export_onnx, export_torch, read_sidecar, sidecar_path
 from eqnet.nn.layers import QuantizedLayer
 from eqnet.nn.supernet import Supernet
 from eqnet.space import LayerConfig, QuantConfig, QuantFormat
@@ -398,6 +398,16 @@ def test_exports_are_reproducible(folder: Path, tmp_path: Path) -> None:
     subnet, config, supernet, path, _ = exported("onnxruntime-x86", folder)
     export(subnet, config, supernet, load_target("onnxruntime-x86"), tmp_path / "again.onnx")
     assert (tmp_path / "again.onnx").read_bytes() == path.read_bytes()
+
+
+def test_torch_programs_compute_the_same_bits(tmp_path: Path) -> None:
+    subnet, _, _ = make_subnet(Net(), load_target("generic"))
+    export_torch(subnet, tmp_path / "net.pt2", input_size=SIZE)
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    for n in (1, 3):
+        assert torch.equal(program(images(n, 2)), subnet(images(n, 2)))
+    with pytest.raises(ValueError, match="already exists"):
+        export_torch(subnet, tmp_path / "net.pt2", input_size=SIZE)
 
 
 # -- refused ----------------------------------------------------------------------------------------------------------

@@ -24,16 +24,25 @@ of BN's factor) are negated or complemented. The ONNX file is written first: a d
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from eqnet.checkpoint import atomic_write_bytes, read_json, write_json
 from eqnet.deploy.codes import Grid, first_problem
-from eqnet.deploy.trace import IMAGES, LOWEST_OPSET, OUTPUT, quantized_layers, require_packages, trace_graph
+from eqnet.deploy.trace import (
+    IMAGES,
+    LOWEST_OPSET,
+    OUTPUT,
+    quantized_layers,
+    require_packages,
+    trace_graph,
+    trace_program,
+)
 from eqnet.space import LayerInfo, QuantConfig
 from eqnet.space.hardware import HardwareTarget
 
@@ -47,14 +56,6 @@ _CONTAINER_OPSETS = {"int8": LOWEST_OPSET, "uint8": LOWEST_OPSET, "int4": 21, "i
 _PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 
-@dataclass(frozen=True)
-class Normalisation:
-    """How pixels in [0, 1] became inputs: `(pixel - mean) / std`, for each channel."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
 def export_onnx(
     subnet: nn.Module,
     config: QuantConfig,
@@ -65,7 +66,7 @@ def export_onnx(
     input_size: Sequence[int],
     images: Iterable[Tensor] | None = None,
     batch: int | None = None,
-    normalisation: Normalisation | None = None,
+    pixels: Mapping[str, Any] | None = None,
     source: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Writes a subnet for a target.
@@ -80,7 +81,7 @@ def export_onnx(
         images: batches [N, C, H, W], normalised as in training, to calibrate the quantizers that the target needs besides
             those of the subnet; required only where it needs any.
         batch: images per call; None leaves the number open.
-        normalisation: what the description says about pixels.
+        pixels: "mean" and "std" of each channel: how pixels in [0, 1] became inputs, for the description.
         source: where the subnet comes from: "run", "subnet", "sha256".
 
     Returns:
@@ -130,8 +131,7 @@ def export_onnx(
         "input": {
             "name": IMAGES,
             "size": list(input_size),
-            "mean": None if normalisation is None else list(normalisation.mean),
-            "std": None if normalisation is None else list(normalisation.std),
+            **{name: (pixels or {}).get(name) for name in ("mean", "std")},
         },
         "output": OUTPUT,
         "config": config.to_json(),
@@ -143,6 +143,25 @@ def export_onnx(
     atomic_write_bytes(path, data)
     write_json(sidecar_path(path), sidecar)
     return sidecar
+
+
+def export_torch(subnet: nn.Module, path: str | Path, *, input_size: Sequence[int], batch: int | None = None) -> None:
+    """Writes a subnet as a `torch.export` program, whose outputs equal the subnet's bit for bit.
+
+    Args:
+        subnet: from `Supernet.extract`; not changed.
+        path: the file to write, ending with ".pt2".
+        input_size: `(C, H, W)` of one image.
+        batch: images per call; None leaves the number open.
+
+    Raises:
+        ValueError: the file exists, or torch cannot export the model.
+    """
+    path = Path(path)
+    check_output(path, ".pt2")
+    program, file = trace_program(subnet, input_size, batch), io.BytesIO()
+    torch.export.save(program, file)
+    atomic_write_bytes(path, file.getvalue())
 
 
 def sidecar_path(path: str | Path) -> Path:
@@ -168,10 +187,10 @@ def read_sidecar(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path, suffix: str = ".onnx") -> None:
     """Raises ValueError if the file or its description exists, or the name or folder is wrong."""
-    if path.suffix != ".onnx":
-        raise ValueError(f"the output {path} must end with .onnx.")
+    if path.suffix != suffix:
+        raise ValueError(f"the output {path} must end with {suffix}.")
     for existing in (path, sidecar_path(path)):
         if existing.exists():
             raise ValueError(f"{existing} already exists; remove it or give another --output.")

@@ -47,8 +47,22 @@ class _MarkedLayer(QuantizedLayer):
         )
 
 
-def _marked(base: type) -> type:
-    return type(f"Marked{base.__name__}", (_MarkedLayer, base), {})
+class _PlainLayer(QuantizedLayer):
+    """Rounds its input by tensor operations alone: the arithmetic of the simulation, bit for bit."""
+
+    def quantize_input(self, x: Tensor) -> Tensor:
+        if self.act_scale is None:
+            return x
+        low, high = self.act_qmin - self.act_zero_point, self.act_qmax - self.act_zero_point
+        return torch.clamp(x / self.act_scale, low, high).round() * self.act_scale
+
+
+def _with_layers(subnet: nn.Module, kind: type) -> nn.Module:
+    """A copy of a subnet whose quantized layers have the methods of `kind`."""
+    net = copy.deepcopy(subnet).eval()
+    for layer in quantized_layers(net).values():
+        layer.__class__ = type(f"{kind.__name__}{type(layer).__name__}", (kind, type(layer)), {})
+    return net
 
 
 def quantized_layers(subnet: nn.Module) -> dict[str, QuantizedLayer]:
@@ -79,9 +93,8 @@ def trace_graph(subnet: nn.Module, input_size: Sequence[int], opset: int, batch:
         ValueError: a package is missing, or torch cannot export an operation (named).
     """
     require_packages("onnx", "onnx_ir", "onnxscript")
-    net = copy.deepcopy(subnet).eval()
+    net = _with_layers(subnet, _MarkedLayer)
     for name, layer in quantized_layers(net).items():
-        layer.__class__ = _marked(type(layer))
         layer.marker = name  # type: ignore[attr-defined]
     images = torch.zeros(batch or 2, *input_size)
     shapes = None if batch else ({0: torch.export.Dim("N", min=1)},)
@@ -101,6 +114,28 @@ def trace_graph(subnet: nn.Module, input_size: Sequence[int], opset: int, batch:
         quiet.setLevel(level)
     assert program is not None
     return program.model
+
+
+def trace_program(
+    subnet: nn.Module, input_size: Sequence[int], batch: int | None = None
+) -> torch.export.ExportedProgram:
+    """The subnet as a `torch.export` program; its outputs equal the subnet's bit for bit.
+
+    Args:
+        subnet: from `Supernet.extract`, in eval mode; not changed.
+        input_size: `(C, H, W)` of one image.
+        batch: images per call; None leaves the number open.
+
+    Raises:
+        ValueError: torch cannot export the model.
+    """
+    images = torch.zeros(batch or 2, *input_size)
+    shapes = None if batch else ({0: torch.export.Dim("N", min=1)},)
+    try:
+        with torch.no_grad():
+            return torch.export.export(_with_layers(subnet, _PlainLayer), (images,), dynamic_shapes=shapes)
+    except Exception as error:  # many kinds, by what is missing
+        raise ValueError(f"torch cannot export this model: {_reason(error)}.") from error
 
 
 def _reason(error: BaseException) -> str:
