@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from rich.console import Console
 
-from eqnet.checkpoint import read_json, save_tensors, write_json
 from eqnet.command import make_console, progress_bar, run_command, start_cpu_processes
 from eqnet.report import comparison_table, plot_bits, plot_front, plot_predictor, write_front
 from eqnet.run import Run, open_data, versions
@@ -20,6 +19,7 @@ from eqnet.scoring.predictor import AccuracyPredictor
 from eqnet.search import measured_search, pareto_search
 from eqnet.settings import Settings, load_settings
 from eqnet.space import ALL_FORMS, COSTS, BoundBudget, Budget, Form, Genomes, QuantConfig, QuantSpace
+from eqnet.subnet import read_subnet, save_subnet
 from eqnet.tracking import Tracker
 
 
@@ -43,6 +43,10 @@ def main() -> None:
     arguments = parse_arguments()
     budget = None if arguments.budget is None else Budget.parse(arguments.budget)
     run = Run.open(arguments.run)
+    if budget is not None and run.settings.subnet is not None:
+        raise ValueError(
+            f"{run.path} trained one subnet, there is nothing to search; name its supernet's run with --run."
+        )
     settings = search_settings(run.settings, arguments.settings)
     supernet, _ = run.load_supernet()
     forms = [Form.parse(arguments.form)] if arguments.form else list(supernet.space.forms)
@@ -70,23 +74,6 @@ def main() -> None:
     finally:
         tracker.close()
     return None
-
-
-def read_subnet(path: str, space: QuantSpace) -> QuantConfig:
-    """The config of a `subnet.json`.
-
-    Raises:
-        ValueError: the file is missing, damaged, or its layers and formats are not those of the space.
-    """
-    document = read_json(path)
-    try:
-        config = QuantConfig.from_json(document["layers"])
-        space.check(config)
-    except (KeyError, TypeError):
-        raise ValueError(f"{path} is not a subnet: it has no layers.") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return config
 
 
 def measure_subnet(
@@ -164,11 +151,9 @@ def search(
     if won is not searched:
         console.print("a uniform config was measured best on the validation split; it is the result")
     folder = run.new_search_folder(budget, arguments.form)
-    evaluator.supernet.set_config(best.config)
-    evaluator.supernet.recalibrate_bn(evaluator.bn_batches)
-    save_tensors(folder / "subnet.safetensors", evaluator.supernet.extract().state_dict())
     header = {"budget": budget, "seed": settings.seed, "versions": versions()}
-    write_json(folder / "subnet.json", {**header, **won, "best_searched": searched, "best_uniform": uniform})
+    document = {**header, **won, "best_searched": searched, "best_uniform": uniform}
+    save_subnet(folder, evaluator.supernet, best.config, evaluator.bn_batches, document)
     tracker.image("search/bits", plot_bits(best.config, space, folder / "bits.png"))
     tracker.log({f"search/{name}": value for name, value in (won["accuracy"] | won["cost"]).items()}, tracker.last_step)
     bits = [[name, c.weight.bits, "float" if c.act is None else c.act.bits] for name, c in best.config.items()]

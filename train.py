@@ -1,26 +1,33 @@
-"""Trains a supernet: `accelerate launch train.py [settings.yaml ...] [key=value ...] [--resume]`."""
+"""Trains a supernet: `accelerate launch train.py [settings.yaml ...] [key=value ...] [--resume]`.
+
+With `subnet=path/subnet.json` it fine-tunes that one config instead.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 
-from eqnet.checkpoint import load_float_weights, write_json
+from eqnet.checkpoint import load_float_weights, read_json, write_json
 from eqnet.command import make_console, progress_bar, run_command, start_cpu_processes
 from eqnet.data import DataSplits
-from eqnet.nn.supernet import Supernet, trace_layers
+from eqnet.nn.supernet import Supernet
 from eqnet.report import plot_uniform, uniform_table
-from eqnet.run import Run, create_float_model, open_data
+from eqnet.run import Run, create_float_model, open_data, versions
 from eqnet.scoring.evaluation import Evaluator, accuracy, evaluate_uniform
 from eqnet.settings import Settings, load_settings
-from eqnet.space import QuantSpace
+from eqnet.subnet import describe_subnet, save_subnet
 from eqnet.tracking import Tracker
+from eqnet.training.finetune import build_supernet, complete_settings, note_first_accuracy, store_subnet
 from eqnet.training.loop import Trainer, export_facts, make_accelerator
+
+SPLITS = ["validation", "test"]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Opens or makes the run, trains what is left of it, evaluates and saves."""
     arguments = parse_arguments()
-    settings = load_settings(arguments.settings)
+    settings = load_settings(arguments.settings) if arguments.resume else complete_settings(arguments.settings)
     run = Run.resume(arguments.settings, settings.output) if arguments.resume else Run.unsaved(settings)
     start_cpu_processes()
     accelerator = make_accelerator(run.settings)
@@ -45,13 +52,12 @@ def main() -> None:
         data = open_data(run)
     if arguments.resume:
         if (run.path / "evaluation.json").exists():
-            return console.print(
-                f"{run.path} is finished; search it with: python search.py --run {run.path} --budget 4"
-            )
+            return console.print(f"{run.path} is finished; {next_step(run)}")
     else:
         check_model(settings, data)
         run = Run.create(settings, accelerator)
     run.store_split(data, accelerator)
+    store_subnet(run, accelerator)
     checkpoint, notes = run.newest_checkpoint() if arguments.resume else (None, [])
     for note in notes:
         console.print(note, style="yellow")
@@ -76,20 +82,36 @@ def main() -> None:
 
 def check_model(settings: Settings, data: DataSplits) -> None:
     """Raises ValueError for a model, weights or space that cannot work, before anything is written."""
-    layers = trace_layers(create_float_model(settings.model, data.num_classes, data.input_size[0]), data.input_size)
-    QuantSpace.from_layers(layers, **settings.space.model_dump())
+    source = None if settings.supernet is None else Run.open(settings.supernet).load_supernet()[0]
+    model = create_float_model(settings.model, data.num_classes, data.input_size[0])
+    supernet = build_supernet(Run.unsaved(settings), model, data.input_size)
+    if source is not None:
+        supernet.inherit(source)
+
+
+def next_step(run: Run) -> str:
+    """What to do with a finished run."""
+    if run.settings.subnet is None:
+        return f"search it with: python search.py --run {run.path} --budget 4"
+    return f"its subnet is {run.path / 'subnet.json'}"
 
 
 def chosen_few(
     data: DataSplits, run: Run, accelerator: Accelerator, console: Console
 ) -> Callable[[nn.Module, int], dict[str, float]]:
-    """Evaluation during training: validation accuracy of a few uniform bit-widths in the first form."""
+    """Evaluation during training: validation accuracy of the subnet, or of a few uniform bit-widths in the first form."""
 
     def measure(supernet: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(supernet, Supernet)
+        evaluator = Evaluator.from_data(supernet, data, run.settings, accelerator.device)
+        if run.settings.subnet is not None:
+            (row,) = evaluator.measure_all([supernet.space.largest()], ["validation"], accelerator)
+            console.print(f"step {step}: validation accuracy [%] of the subnet: {row[0]:.2f}")
+            if accelerator.is_main_process:
+                note_first_accuracy(run, float(row[0]))
+            return {"validation/subnet": float(row[0])}
         form = supernet.space.forms[0]
         bits = [b for b in run.settings.train.evaluate_bits if b in supernet.space.uniform_bits]
-        evaluator = Evaluator.from_data(supernet, data, run.settings, accelerator.device)
         results = evaluator.measure_all([supernet.space.uniform(b, form) for b in bits], ["validation"], accelerator)
         figures = {f"validation/{form.name}/{b}bit": float(r[0]) for b, r in zip(bits, results, strict=True)}
         text = "  ".join(f"{b} bit {r[0]:.2f}" for b, r in zip(bits, results, strict=True))
@@ -102,18 +124,36 @@ def chosen_few(
 def evaluate(
     supernet: Supernet, run: Run, data: DataSplits, accelerator: Accelerator, tracker: Tracker, console: Console
 ) -> None:
-    """The float model and every uniform bit-width in every form, on validation and test."""
-    settings, splits = run.settings, ["validation", "test"]
+    """The float model, and every uniform bit-width in every form or the subnet, on validation and test."""
+    settings = run.settings
     evaluator = Evaluator.from_data(supernet, data, settings, accelerator.device)
     float_model = create_float_model(settings.model, data.num_classes, data.input_size[0], weights=False)
     load_float_weights(float_model, run.path / "float.safetensors")
     float_model.to(accelerator.device).eval()
-    float_accuracy = {s: accuracy(float_model, evaluator.splits[s]) for s in splits}
-    total = len(supernet.space.forms) * len(supernet.space.uniform_bits)
+    float_accuracy = {s: accuracy(float_model, evaluator.splits[s]) for s in SPLITS}
+    measure = evaluate_supernet if settings.subnet is None else evaluate_subnet
+    results = measure(evaluator, float_accuracy, run, accelerator, tracker, console)
+    if accelerator.is_main_process:
+        write_json(run.path / "evaluation.json", {"float": float_accuracy, **results})
+        console.print(f"saved {run.path}: {', '.join(sorted(p.name for p in run.path.iterdir() if p.is_file()))}")
+        console.print(f"next: {next_step(run)}")
+
+
+def evaluate_supernet(
+    evaluator: Evaluator,
+    float_accuracy: dict[str, float],
+    run: Run,
+    accelerator: Accelerator,
+    tracker: Tracker,
+    console: Console,
+) -> dict[str, Any]:
+    """Every uniform bit-width in every form."""
+    space = evaluator.supernet.space
+    total = len(space.forms) * len(space.uniform_bits)
     with progress_bar(console, "evaluating uniform bit-widths", -(-total // accelerator.num_processes)) as advance:
-        results = evaluate_uniform(evaluator, splits, accelerator, advance)
+        results = evaluate_uniform(evaluator, SPLITS, accelerator, advance)
     if not accelerator.is_main_process:
-        return
+        return {}
     console.print(uniform_table(results, "test", float_accuracy["test"]))
     picture = plot_uniform(results, "test", float_accuracy["test"], run.path / "evaluation.png")
     means = {b: float(np.mean([r.accuracy["test"] for r in results if r.bits == b])) for b in {r.bits for r in results}}
@@ -123,9 +163,34 @@ def evaluate(
     tracker.log(figures, tracker.last_step)
     tracker.table("uniform", ["form", "bits", "validation", "test"], rows)
     tracker.image("evaluation", picture)
-    write_json(run.path / "evaluation.json", {"float": float_accuracy, "uniform": [r.to_json() for r in results]})
-    console.print(f"saved {run.path / 'supernet.safetensors'}, evaluation.json and {picture}")
-    console.print("next: python search.py --budget 4")
+    return {"uniform": [r.to_json() for r in results]}
+
+
+def evaluate_subnet(
+    evaluator: Evaluator,
+    float_accuracy: dict[str, float],
+    run: Run,
+    accelerator: Accelerator,
+    tracker: Tracker,
+    console: Console,
+) -> dict[str, Any]:
+    """The one config of the run: beside its accuracy before training; writes the files of a subnet."""
+    space = evaluator.supernet.space
+    config = space.largest()
+    found = {s: float(evaluator.measure_all([config], [s], accelerator)[0, 0]) for s in SPLITS}
+    if not accelerator.is_main_process:
+        return {}
+    accuracies = read_json(run.path / "subnet.json")["accuracy"] | found
+    console.print(
+        f"validation accuracy [%] before fine-tuning {accuracies['validation_before']:.2f}, after "
+        f"{found['validation']:.2f}, float {float_accuracy['validation']:.2f}; test {found['test']:.2f}, "
+        f"float {float_accuracy['test']:.2f}"
+    )
+    header = {"seed": run.settings.seed, "versions": versions()}
+    document = {**header, **describe_subnet(config, space, accuracies)}
+    save_subnet(run.path, evaluator.supernet, config, evaluator.bn_batches, document)
+    tracker.log({f"{s}/subnet": value for s, value in found.items()}, tracker.last_step)
+    return {"subnet": accuracies}
 
 
 if __name__ == "__main__":

@@ -188,22 +188,15 @@ def _read_subnet(path: Path, run: Path | None) -> tuple[QuantConfig, QuantSpace]
         ValueError: a file is missing or damaged, or the subnet is not a config of the run.
     """
     from eqnet.checkpoint import read_json  # imports torch, which the other commands do not need
+    from eqnet.subnet import read_subnet
 
-    document: Any = read_json(path)
     supernet = _run_folder(path, run) / "supernet.json"
     header: Any = read_json(supernet)
     try:
         space = QuantSpace.from_json(header["space"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{supernet} does not describe a supernet: {str(error).rstrip('.')}.") from error
-    try:
-        config = QuantConfig.from_json(document["layers"])
-        space.check(config)
-    except (KeyError, TypeError):
-        raise ValueError(f"{path} is not a subnet: it has no layers.") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return config, space
+    return read_subnet(path, space), space
 
 
 if __name__ == "__main__":

@@ -152,6 +152,10 @@ class Settings(_Section):
 
     seed: int = Field(0, ge=0)
     output: str | None = None  # folder of the run; None: a new one below runs/
+    subnet: str | None = None  # a subnet.json: this config alone is trained; None: the supernet
+    supernet: str | None = (
+        None  # the run whose supernet the subnet comes from; None: the one that holds the file, if any
+    )
     tracking: Literal["wandb", "none"] = "wandb"
     project: str = "eqnet"
     model: ModelSettings = ModelSettings()
@@ -167,6 +171,18 @@ class Settings(_Section):
         if self.pretrain.epochs is not None:
             return self.pretrain.epochs
         return 0 if self.model.pretrained or self.model.weights is not None else 30
+
+
+FINE_TUNE: dict[str, Any] = {  # what defaults to something else in a run with `subnet`
+    "train": {
+        "epochs": 10,
+        "lr": 3e-4,
+        "step_size_lr": 3e-4,
+        "teacher": "float",
+        "kurtosis": 0.0,  # the weights have found their distribution
+        "skewness": 0.0,
+    }
+}
 
 
 def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -1,10 +1,17 @@
 """Fixtures that several test files share."""
 
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+
+from eqnet.command import run_command
+
+ROOT = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(1)
 
@@ -51,3 +58,26 @@ def make_cnn() -> Callable[[], nn.Sequential]:
 def cnn(make_cnn: Callable[[], nn.Sequential]) -> nn.Sequential:
     """One of them, for inputs of 3 x 8 x 8."""
     return make_cnn()
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Runs `train.py` or `search.py` in this process; returns (exit code, stdout, stderr)."""
+
+    def run_it(name: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        monkeypatch.chdir(tmp_path)
+        spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        code = 0
+        try:
+            run_command(module.main)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return run_it

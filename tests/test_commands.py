@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,18 +13,7 @@ import torch
 from PIL import Image
 from test_training import ROOT, TINY, launch, train
 
-from eqnet.command import run_command
-
 FAST = ["tracking=none", "search.table_size=20", "search.bn_images=64", "search.generations=10", "search.population=20"]
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -37,24 +23,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = train(folder, *TINY)
     assert done.returncode == 0, done.stderr
     return folder
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Runs a command in this process; returns (exit code, stdout, stderr)."""
-
-    def run_it(name: str, *arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        monkeypatch.chdir(tmp_path)
-        code = 0
-        try:
-            run_command(load(name).main)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run_it
 
 
 def one_sentence(stderr: str) -> str:

@@ -114,7 +114,7 @@ def test_settings_named_in_the_text_exist(page: str) -> None:
     for span in re.findall(r"`([^`\n]+)`", prose(page)):
         for word in shlex.split(span) if "=" in span else [span]:
             match = re.fullmatch(rf"((?:{sections})(?:\.\w+)*)(=.+)?", word)
-            if match is None or Path(word).suffix in (".py", ".yaml"):
+            if match is None or Path(word).suffix in (".py", ".yaml", ".json", ".safetensors"):
                 continue
             if match[2] is not None and match[2] != "=...":
                 load_settings([word])

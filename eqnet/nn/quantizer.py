@@ -137,6 +137,23 @@ class ElasticQuantizer(nn.Module):
         return quantize(x, *self.qparams())
 
     @torch.no_grad()
+    def inherit(self, source: ElasticQuantizer) -> None:
+        """Takes the step sizes, offsets and signedness of each of its formats from a quantizer of the same tensor.
+
+        Raises:
+            ValueError: a format that `source` lacks.
+        """
+        for r, fmt in enumerate(self.formats):
+            if fmt not in source.rows:
+                raise ValueError(f"no row for {fmt}; the quantizer has {len(source.rows)} formats.")
+            row = source.rows[fmt]
+            self.scale[self.index[r]] = source.scale[source.index[row]].to(self.scale)
+            if not fmt.symmetric:
+                self.offset[self.offset_index[r]] = source.offset[source.offset_index[row]].to(self.offset)
+        self.signed.copy_(source.signed)
+        self.calibrated.copy_(source.calibrated)
+
+    @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
         """Sets every row from the values of `x` (EQ-Net's L2.4 search). Inputs without negative values become unsigned.
 

@@ -264,6 +264,27 @@ class Supernet(nn.Module):
         finally:
             self.set_config(before)
 
+    def inherit(self, source: Supernet) -> None:
+        """Takes weights, statistics and the rows of its formats from a supernet of the same model in a larger space.
+
+        Raises:
+            ValueError: the supernets are of different models, or `source` lacks a format; nothing has changed then.
+        """
+        theirs = dict(source.quantizers())
+        mine = dict(self.quantizers())
+        missing = [n for n, q in mine.items() if n not in theirs or not set(q.formats) <= set(theirs[n].formats)]
+        if missing:
+            raise ValueError(f"the supernet has no step sizes for the formats of {', '.join(missing[:5])}.")
+        tables = tuple(f"{n}." for n, m in self.model.named_modules() if isinstance(m, ElasticQuantizer))
+        weights = {n: t for n, t in source.model.state_dict().items() if not n.startswith(tables)}
+        own = {n: t.shape for n, t in self.model.state_dict().items() if not n.startswith(tables)}
+        wrong = sorted(own.keys() ^ weights.keys()) or [n for n, shape in own.items() if shape != weights[n].shape]
+        if wrong:
+            raise ValueError(f"the supernet is of another model: {', '.join(wrong[:5])} missing or of another shape.")
+        self.model.load_state_dict(weights, strict=False)
+        for name, quantizer in mine.items():
+            quantizer.inherit(theirs[name])
+
     @property
     def calibrated(self) -> bool:
         """Whether every quantizer has been calibrated (here or in the run that its checkpoint came from)."""

@@ -19,7 +19,8 @@ from eqnet.scoring.evaluation import AccuracyTable, Evaluator, uniform_configs
 from eqnet.scoring.predictor import AccuracyPredictor
 from eqnet.search.genetic import genetic_search
 from eqnet.settings import SearchSettings
-from eqnet.space import COSTS, BoundBudget, Genomes, QuantConfig, QuantSpace
+from eqnet.space import BoundBudget, Genomes, QuantConfig, QuantSpace
+from eqnet.subnet import describe_subnet
 
 Advance = Callable[[], None]
 
@@ -34,13 +35,8 @@ class Candidate:
 
     def to_json(self, space: QuantSpace, test: float) -> dict[str, Any]:
         """Form, every cost, accuracies and layers of a config whose test accuracy is `test` percent."""
-        genomes = space.encode_all([self.config])
-        return {
-            "form": space.form_name(self.config),
-            "cost": {name: float(build(space)(genomes)[0]) for name, build in COSTS.items()},
-            "accuracy": {"predicted": self.predicted, "validation": self.validation, "test": test},
-            "layers": self.config.to_json(),
-        }
+        accuracy = {"predicted": self.predicted, "validation": self.validation, "test": test}
+        return describe_subnet(self.config, space, accuracy)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from eqnet.run import Checkpoint, Run, create_float_model
 from eqnet.settings import Settings
 from eqnet.space import QuantConfig, SandwichSampler
 from eqnet.tracking import Tracker
+from eqnet.training.finetune import build_supernet
 from eqnet.training.optimizer import SupernetAdamW, cosine, parameter_groups
 from eqnet.training.step import Criterion, supernet_step
 
@@ -153,12 +154,13 @@ class Trainer:
         teacher = None
         if t.teacher == "float":
             teacher = copy.deepcopy(model).eval().requires_grad_(False)
-        choices = s.space.model_dump()
-        supernet = Supernet.from_model(model, self.data.input_size, **choices)
+        supernet = build_supernet(self.run, model, self.data.input_size)
+        if resume is None and s.supernet is not None:
+            supernet.inherit(Run.open(s.supernet).load_supernet()[0])
         self._to_device(supernet)
         if supernet.uncovered and self.accelerator.is_main_process:
             self.console.print(f"left in floating point: {', '.join(supernet.uncovered)}", style="dim")
-        if resume is None:
+        if resume is None and s.supernet is None:
             count, device = t.calibration_images, self.accelerator.device
             (images,) = calibration_batches(self.data, count, count, s.seed, device, s.data.workers)
             supernet.calibrate(images)
@@ -249,6 +251,9 @@ class Trainer:
             step = resume.step
         self.tracker.rewind(offset + step)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if supernet is not None and self.settings.subnet is not None and resume is None:
+            self._evaluate(supernet, offset)  # the subnet as it came
+            self.run.save_checkpoint(self.accelerator, name, 0)
         model.train()
         with self._bar(name, total, step) as advance:
             while step < total:
