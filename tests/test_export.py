@@ -231,6 +231,35 @@ def test_onnxruntime_takes_integer_kernels_everywhere(name: str, folder: Path, t
     assert np.abs(plain - subnet(x).detach().numpy()).mean() <= 0.05 * spread
 
 
+@pytest.mark.parametrize("name", ["vitis-ai", "litert"])
+def test_graphs_of_integer_targets_are_all_integer(name: str, folder: Path) -> None:
+    """Between an operation and the next there are codes, except inside a fused sequence of layer, BN, ReLU."""
+    subnet, _, _, path, description = power_of_two(folder) if name == "vitis-ai" else exported(name, folder)
+    graph = onnx.load(path).graph
+    producer = {output: node for node in graph.node for output in node.output}
+    known = {i.name for i in graph.initializer}
+    for node in graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear", "Clip"):
+            continue
+        for source in (i for i in node.input if i and i not in known):
+            before = producer[source]
+            fused = node.op_type in ("Relu", "BatchNormalization") and before.op_type in (
+                "Conv",
+                "Gemm",
+                "Add",
+                "BatchNormalization",
+            )
+            assert before.op_type == "DequantizeLinear" or fused, (node.name, before.name)
+    assert producer["logits"].op_type == "DequantizeLinear"
+    assert "head/output" in description["quantizers"]
+    if name == "litert":
+        (sigmoid,) = [grid for key, grid in description["quantizers"].items() if "igmoid" in key]
+        assert (sigmoid["scale"], sigmoid["zero_point"]) == (1 / 256, -128)
+    x = images(64, 2)
+    expected = subnet(x).detach().numpy()
+    assert np.abs(run_onnxruntime(path, x) - expected).mean() <= 0.1 * np.abs(expected).max()
+
+
 def test_openvino_takes_integer_kernels_everywhere(folder: Path) -> None:
     subnet, _, _, path, description = exported("openvino-cpu", folder)
     assert description["quantizers"] == {}
@@ -449,7 +478,7 @@ def test_what_cannot_be_written_is_refused(folder: Path, tmp_path: Path, monkeyp
     with pytest.raises(ValueError, match="does not belong to this subnet: layer 'conv'"):
         export(subnet, wrong, supernet, generic, path)
     subnet, config, supernet, _, _ = exported("onnxruntime-x86", folder)
-    with pytest.raises(ValueError, match="needs quantized outputs of 3 layers; give images"):
+    with pytest.raises(ValueError, match="needs 3 more tensors quantized; give images"):
         export(subnet, config, supernet, runtime, path, images=None)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ValueError, match=r'needs the package onnxscript; run: pip install "eqnet\[export\]"'):

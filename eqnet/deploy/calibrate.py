@@ -16,37 +16,37 @@ import torch
 from torch import Tensor
 
 from eqnet.deploy.codes import LIMITS, Grid, act_kind
-from eqnet.deploy.graph import Layer
+from eqnet.deploy.outputs import Place
 from eqnet.deploy.trace import IMAGES, require_packages
 from eqnet.nn.calibration import Histogram, choose_qparams
-from eqnet.space.hardware import HardwareTarget
 from eqnet.space.target_rules import ActRule
 
 _BITS = 8
 
 
-def calibrated_grids(
-    model: ir.Model, wanted: Mapping[str, tuple[ir.Value, Layer]], images: Iterable[Tensor], target: HardwareTarget
-) -> dict[str, Grid]:
+def calibrated_grids(model: ir.Model, found: Mapping[str, Place], images: Iterable[Tensor]) -> dict[str, Grid]:
     """8-bit grids of tensors of the graph.
 
     Args:
         model: an executable graph; left as it was.
-        wanted: by name, the tensor and the layer whose rule of activations it follows.
+        found: tensors by name, with their rules; those with a grid keep it.
         images: batches [N, C, H, W].
 
     Raises:
         ValueError: onnxruntime is missing, there is no image, or a value is not finite.
     """
-    tensors = {str(value.name): value for value, _ in wanted.values()}
-    histograms = {name: Histogram() for name in tensors}
-    run = _session(model, list(tensors.values()))
+    wanted = {name: place for name, place in found.items() if place.grid is None}
+    histograms = {name: Histogram() for name in wanted}
+    images = images if wanted else []
+    run = _session(model, [place.value for place in wanted.values()])
     for batch in images:
-        for name, array in zip(tensors, run(batch), strict=True):
+        for name, array in zip(wanted, run(batch), strict=True):
             histograms[name].add(torch.from_numpy(np.array(array)))
     if any(histogram.tensors == 0 for histogram in histograms.values()):
         raise ValueError("no image to calibrate the outputs of layers with; give at least one.")
-    return {name: _grid(histograms[str(value.name)], layer.rules.act[0]) for name, (value, layer) in wanted.items()}
+    return {
+        name: _grid(histograms[name], place.rule) if place.grid is None else place.grid for name, place in found.items()
+    }
 
 
 def _session(model: ir.Model, values: list[ir.Value]) -> Any:

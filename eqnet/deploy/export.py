@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from eqnet.checkpoint import atomic_write_bytes, read_json, write_json
-from eqnet.deploy.codes import Grid, first_problem
+from eqnet.deploy.codes import first_problem
 from eqnet.deploy.trace import (
     IMAGES,
     LOWEST_OPSET,
@@ -93,6 +93,8 @@ def export_onnx(
     """
     require_packages("onnx", "onnx_ir", "onnxscript")
     from eqnet.deploy import graph as passes
+    from eqnet.deploy.calibrate import calibrated_grids
+    from eqnet.deploy.outputs import keep_grids, places, write_outputs
 
     path = Path(path)
     check_output(path)
@@ -109,17 +111,15 @@ def export_onnx(
     passes.write_inputs(graph, found)
     passes.write_weights(graph, found)
     passes.write_biases(graph, found)
-    values = passes.unquantized_outputs(found)
-    grids: dict[str, Grid] = {}
-    if values:
-        from eqnet.deploy.calibrate import calibrated_grids
-
+    wanted, grids = places(graph, found, target), {}
+    if wanted:
         if images is None:
             raise ValueError(
-                f"{target.name} needs quantized outputs of {len(values)} layers; give images to calibrate them."
+                f"{target.name} needs {len(wanted)} more tensors quantized; give images to calibrate them."
             )
-        wanted = {name: (value, found[name.split("#")[0]]) for name, value in values.items()}
-        grids = passes.write_outputs(graph, found, values, calibrated_grids(model, wanted, images, target))
+        grids = write_outputs(graph, wanted, calibrated_grids(model, wanted, images))
+    if target.integer_add:
+        keep_grids(graph)
     data = _serialise(model)
     sidecar = {
         "schema": SCHEMA,
@@ -136,7 +136,7 @@ def export_onnx(
         "output": OUTPUT,
         "config": config.to_json(),
         "layers": {name: _describe(layer) for name, layer in found.items()},
-        "quantizers": {f"{name}/output": grid.to_json() for name, grid in grids.items()},
+        "quantizers": {name: grid.to_json() for name, grid in grids.items()},
         "source": dict(source or {}),
         "versions": _versions(),
     }
@@ -227,6 +227,11 @@ def _serialise(model: ir.Model) -> bytes:
     import onnx_ir as ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+    output = model.graph.outputs[0]
+    if output.name != OUTPUT and output.producer() is not None:  # a quantizer was put behind it
+        for value in [value for node in model.graph for value in node.outputs if value.name == OUTPUT]:
+            value.name = f"{OUTPUT}/float"
+        output.name = OUTPUT
     model = RemoveUnusedNodesPass()(model).model
     model.graph.sort()
     for node in model.graph:

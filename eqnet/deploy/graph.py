@@ -1,7 +1,7 @@
 """Passes over the ONNX graph of a subnet: integers take the places that `trace.py` marked, and BN goes into them.
 
 Order: find the layers, fold BN, absorb clips into input grids, write quantizers and biases, then quantize what the target
-needs quantized besides. Each pass is exact, except integer biases (off by at most half a step) and added quantizers.
+needs quantized besides (`outputs.py`). Each pass is exact, except integer biases (off by at most half a step) and added quantizers.
 
 Names: the node of a layer has the layer's name (a second call of it `name#2`). What belongs to it begins with that name:
 `name/weight/codes|scale|zero_point|dequantize`, `name/act/scale|zero_point|quantize|clip|dequantize`, `name/bias/...`,
@@ -116,7 +116,7 @@ def only_consumer(value: ir.Value) -> ir.Node | None:
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
-def _node(
+def new_node(
     op_type: str, inputs: Sequence[ir.Value | None], name: str, like: ir.Value, dtype: Any, **attrs: Any
 ) -> ir.Node:
     output = ir.Value(name=f"{name}/value", shape=like.shape, type=ir.TensorType(dtype))
@@ -142,12 +142,12 @@ def quantizer_nodes(graph: ir.Graph, x: ir.Value, grid: Grid, prefix: str, names
     code_type = ir.DataType.from_numpy(np.dtype(dtype))
     scale = constant(graph, f"{names}/scale", np.float32(grid.scale))
     zero = constant(graph, f"{names}/zero_point", dtype(grid.zero_point))
-    nodes = [_node("QuantizeLinear", [x, scale, zero], f"{prefix}/quantize", x, code_type)]
+    nodes = [new_node("QuantizeLinear", [x, scale, zero], f"{prefix}/quantize", x, code_type)]
     if grid.clipped:
         ends = [constant(graph, f"{names}/{end}", dtype(getattr(grid, end))) for end in ("low", "high")]
-        nodes.append(_node("Clip", [nodes[-1].outputs[0], *ends], f"{prefix}/clip", x, code_type))
+        nodes.append(new_node("Clip", [nodes[-1].outputs[0], *ends], f"{prefix}/clip", x, code_type))
     last = nodes[-1].outputs[0]
-    nodes.append(_node("DequantizeLinear", [last, scale, zero], f"{prefix}/dequantize", x, ir.DataType.FLOAT))
+    nodes.append(new_node("DequantizeLinear", [last, scale, zero], f"{prefix}/dequantize", x, ir.DataType.FLOAT))
     return nodes
 
 
@@ -256,7 +256,7 @@ def absorb_clips(graph: ir.Graph, value: ir.Value, grid: Grid, can_clip: bool) -
     """
     node = value.producer()
     while node is not None and node.op_type in ("Relu", "Clip") and len(list(value.uses())) <= 1:
-        low, high = _bounds(node)
+        low, high = constant_bounds(node)
         inner = node.inputs[0]
         if low is None or high is None or inner is None or value.is_graph_output():
             break
@@ -270,7 +270,7 @@ def absorb_clips(graph: ir.Graph, value: ir.Value, grid: Grid, can_clip: bool) -
     return value, grid
 
 
-def _bounds(node: ir.Node) -> tuple[float | None, float | None]:
+def constant_bounds(node: ir.Node) -> tuple[float | None, float | None]:
     """Ends of a ReLU or Clip; None where they are computed."""
     if node.op_type == "Relu":
         return 0.0, np.inf
@@ -333,7 +333,7 @@ def _weight_node(graph: ir.Graph, layer: Layer, marker: ir.Node, transposed: boo
     ]
     number = 1 + sum(node.name.startswith(f"{name}/dequantize") for node in graph if node.name)
     suffix = "" if number == 1 else f"#{number}"
-    node = _node("DequantizeLinear", inputs, f"{name}/dequantize{suffix}", inputs[0], ir.DataType.FLOAT, axis=axis)
+    node = new_node("DequantizeLinear", inputs, f"{name}/dequantize{suffix}", inputs[0], ir.DataType.FLOAT, axis=axis)
     if weight.scale.size == 1:
         del node.attributes["axis"]
     return node
@@ -364,7 +364,7 @@ def write_biases(graph: ir.Graph, layers: Mapping[str, Layer]) -> None:
                     ),
                 ]
                 axis = {} if number.scale.size == 1 else {"axis": 0}
-                dequantize = _node(
+                dequantize = new_node(
                     "DequantizeLinear", inputs, f"{node.name}/bias/dequantize", inputs[0], ir.DataType.FLOAT, **axis
                 )
                 graph.insert_before(node, [dequantize])
@@ -372,54 +372,3 @@ def write_biases(graph: ir.Graph, layers: Mapping[str, Layer]) -> None:
             if len(node.inputs) < 3:
                 node.resize_inputs(3)
             node.replace_input_with(2, value)
-
-
-# -- quantizers that the target needs besides -------------------------------------------------------------------------
-
-
-def unquantized_outputs(layers: Mapping[str, Layer]) -> dict[str, ir.Value]:
-    """Outputs (behind fused ReLU and clips) of layers whose integer kernel needs a quantized output and that have none."""
-    found = {}
-    for layer in layers.values():
-        if not layer.integer or layer.rules.output != "quantized":
-            continue
-        for node in layer.nodes:
-            value = node.outputs[0]
-            while (following := only_consumer(value)) is not None and following.op_type in ("Relu", "Clip"):
-                if following.op_type == "Clip" and _bounds(following)[0] is None:
-                    break
-                value = following.outputs[0]
-            if not _is_quantized(value):
-                found[str(node.name)] = value
-    return found
-
-
-def _is_quantized(value: ir.Value) -> bool:
-    """Whether a quantizer alone reads the value, if need be behind operations that commute with it."""
-    reader = only_consumer(value)
-    while reader is not None and reader.op_type in MOVES_VALUES:
-        reader = only_consumer(reader.outputs[0])
-    return reader is not None and reader.op_type == "QuantizeLinear"
-
-
-def write_outputs(
-    graph: ir.Graph, layers: Mapping[str, Layer], values: Mapping[str, ir.Value], grids: Mapping[str, Grid]
-) -> dict[str, Grid]:
-    """Quantizes outputs of layers, by node. Returns the grids as written, bounded by the clips they took in."""
-    written = {}
-    for name, value in values.items():
-        marker = _node("Output", [value], name, value, ir.DataType.FLOAT)
-        producer = value.producer()
-        assert producer is not None
-        graph.insert_after(producer, [marker])
-        for use in list(value.uses()):
-            if use.node is not marker:
-                use.node.replace_input_with(use.idx, marker.outputs[0])
-        if value.is_graph_output():
-            graph.outputs[list(graph.outputs).index(value)] = marker.outputs[0]
-        x, written[name] = absorb_clips(graph, value, grids[name], layers[name.split("#")[0]].can_clip)
-        nodes = quantizer_nodes(graph, x, written[name], f"{name}/output", f"{name}/output")
-        graph.insert_before(marker, nodes)
-        marker.outputs[0].replace_all_uses_with(nodes[-1].outputs[0], replace_graph_outputs=True)
-        graph.remove(marker, safe=True)
-    return written
