@@ -1,4 +1,5 @@
-"""The command line: `eqnet targets list | show NAME | check NAME SUBNET`, `eqnet export SUBNET --target NAME`.
+"""The command line: `eqnet targets list | show NAME | check NAME SUBNET`, `eqnet export SUBNET --target NAME`,
+`eqnet verify FILE`.
 
 The user's mistakes end in one sentence on standard error and exit code 2.
 """
@@ -14,7 +15,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from eqnet.command import make_console, run_command
+from eqnet.command import make_console, progress_bar, run_command
 from eqnet.space import QuantConfig, QuantSpace, Slot
 from eqnet.space.hardware import HardwareTarget, load_target, target_names
 
@@ -27,6 +28,13 @@ class FileFormat(enum.StrEnum):
 
     onnx = "onnx"
     torch = "torch"
+
+
+class LabelledSplit(enum.StrEnum):
+    """Splits that a file may be verified on; the test split is for reports."""
+
+    validation = "validation"
+    test = "test"
 
 
 app = typer.Typer(help="Elastic quantization supernets.", pretty_exceptions_enable=False)
@@ -123,6 +131,42 @@ def export_subnet(
     )
     for name in in_float:
         console.print(f"in floating point: {name}", markup=False, soft_wrap=True)
+
+
+@app.command("verify")
+def verify_file(
+    file: Annotated[Path, typer.Argument(help="a file of `eqnet export`")],
+    run: Annotated[Path | None, typer.Option(help="folder of the run (default: the one of the description)")] = None,
+    images: Annotated[int, typer.Option(min=1, help="labelled images")] = 256,
+    split: Annotated[LabelledSplit, typer.Option(help="where they come from")] = LabelledSplit.validation,
+    target: Annotated[str | None, typer.Option(help="target file, if the target is not a built-in one")] = None,
+    rounds: Annotated[int, typer.Option(min=0, help="measurements of the latency; 0 for none")] = 30,
+) -> None:
+    """Verifies that a file computes what was trained, and writes a certificate beside it; exits with 2 on an error."""
+    from eqnet.deploy.certificate import write_certificate  # imports torch
+    from eqnet.deploy.exported import Exported, find_subnet
+    from eqnet.deploy.subnet import load_subnet
+    from eqnet.deploy.verify import verify_export
+
+    exported = Exported.read(file)
+    hardware = load_target(target or exported.sidecar["target"])
+    saved = load_subnet(*find_subnet(exported, run))
+    pictures, labels = saved.labelled_images(images, split.value)
+    console = make_console()
+    with progress_bar(console, f"verification on {len(labels)} images", 4) as advance:
+        certificate = verify_export(
+            exported, saved.module, saved.layers, hardware, pictures, labels, rounds=rounds, progress=advance
+        )
+    certificate.facts["split"] = split.value
+    table = Table("step", "verdict", "layer", "statement")
+    for line in certificate.lines:
+        table.add_row(*map(Text, (line.step, line.verdict, line.layer or "", line.text)))
+    console.print(table)
+    path, errors = write_certificate(certificate, file), len(certificate.errors)
+    verdict = f"{errors} error{'s' * (errors != 1)}" if errors else "verified"
+    console.print(f"{verdict}; certificate: {path}", markup=False, soft_wrap=True)
+    if errors:
+        raise typer.Exit(2)
 
 
 def main() -> None:

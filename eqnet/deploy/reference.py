@@ -211,6 +211,11 @@ class IntegerReference:
         """The value of a tensor that no input changes, None for any other; float32 if it is on a grid."""
         return _array(self._constants.get(name))  # type: ignore[no-any-return]
 
+    def on_grid(self, name: str) -> Dequantized | None:
+        """A constant tensor that is stored as integers, None for any other."""
+        value = self._constants.get(name)
+        return value if isinstance(value, Dequantized) else None
+
     # -- execution ----------------------------------------------------------------------------------------------------
 
     def run(

@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from eqnet.checkpoint import load_tensors, read_json
-from eqnet.data import calibration_batches
+from eqnet.data import Batches, calibration_batches, random_subset
 from eqnet.run import Run, open_data
 from eqnet.space import LayerInfo, QuantConfig
 
@@ -49,6 +50,17 @@ class SavedSubnet:
         yield from calibration_batches(
             open_data(self.run), num_images, _BATCH, settings.seed, "cpu", settings.data.workers
         )
+
+    def labelled_images(self, num_images: int, split: Literal["validation", "test"]) -> tuple[Tensor, Tensor]:
+        """Images [N, C, H, W] of a split, normalised, and their labels [N]; all if there are fewer."""
+        data, settings = open_data(self.run), self.run.settings
+        chosen = random_subset(data.validation if split == "validation" else data.test, num_images, settings.seed)
+        batches = Batches(
+            chosen, _BATCH, seed=settings.seed, device="cpu", train=False,
+            mean=data.mean, std=data.std, workers=settings.data.workers,
+        )  # fmt: skip
+        images, labels = zip(*batches.epoch(0), strict=True)
+        return torch.cat(images), torch.cat(labels)
 
 
 def load_subnet(path: str | Path, run_folder: str | Path) -> SavedSubnet:
