@@ -21,7 +21,6 @@ from eqnet.nn.kernels import (
     EAGER,
     SCALE_EPS,
     Formats,
-    Grid,
     Kernels,
     from_rows,
     like_layout,
@@ -57,21 +56,21 @@ class _FakeQuantize(torch.autograd.Function):
         if dtype == torch.float32 and device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)  # what the layer would cast to anyway
         rows = to_rows(x.detach(), axis).data
-        formats = formats._replace(row=formats.row.clone())  # the next config may be selected before the backward pass
+        # the next config may be selected before the backward pass
+        formats = formats._replace(row=formats.row.clone(), groups=formats.groups / numel)
         out, grid = kernels.forward(rows, scale.detach(), offset.detach(), formats, dtype)
-        ctx.save_for_backward(x, scale, offset, *formats, *grid)
-        ctx.axis, ctx.numel, ctx.kernels = axis, numel, kernels
+        ctx.save_for_backward(x, scale, offset)
+        ctx.formats, ctx.grid, ctx.axis, ctx.kernels = formats, grid, axis, kernels
         return from_rows(out, x, axis)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, offset, *rest = ctx.saved_tensors
-        formats, grid = Formats(*rest[: len(Formats._fields)]), Grid(*rest[len(Formats._fields) :])
+        x, scale, offset = ctx.saved_tensors
         rows = to_rows(x.detach(), ctx.axis).data
         u = to_rows(like_layout(grads[0].detach(), x), ctx.axis).data
         grad_x, grad_scale, grad_offset = ctx.kernels.backward(
-            u, rows, scale.detach(), offset.detach(), formats, grid, ctx.numel
+            u, rows, scale.detach(), offset.detach(), ctx.formats, ctx.grid
         )
         return from_rows(grad_x, x, ctx.axis), grad_scale, grad_offset, None, None, None, None
 

@@ -15,7 +15,7 @@ the table of step sizes, `A` of the table of offsets.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 CompileMode = Literal["auto", "on", "off"]
 SCALE_EPS = 1e-8  # step sizes below this are clamped (gradients pass), so s never reaches or crosses zero
 _ROW_LENGTH = 4096  # values of a row at most, where the shape allows
+_SIZE_HINT = 1024  # added to sizes while compiling
 _BLOCK = 2**16  # values of a block of the eager kernels: its temporaries stay in the cache
 
 
@@ -35,7 +36,7 @@ class Formats(NamedTuple):
         offset_index: int64 [F, C].
         asymmetric: float [F, 1], 1 or 0.
         ranges: float [2, F, 2], (qmin, qmax) by signedness.
-        groups: float [F, 1], number of step sizes that share the tensor.
+        groups: float [F, 1], step sizes per value: one over the number of values that share a step size.
         signed: int64 [1].
         row: int64 [1], the active format.
     """
@@ -104,25 +105,25 @@ def _forward(x: Tensor, scale: Tensor, offset: Tensor, formats: Formats, dtype: 
 
 
 def _table_gradients(
-    ds: Tensor, db: Tensor, scale: Tensor, offset: Tensor, formats: Formats, bounds: Tensor, numel: int
+    ds: Tensor, db: Tensor, scale: Tensor, offset: Tensor, formats: Formats, bounds: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Row sums [R] to gradients of the tables, times g = 1 / sqrt(qmax * values that share a step size) (LSQ)."""
     row = formats.row
     index, offset_index = formats.scale_index.index_select(0, row)[0], formats.offset_index.index_select(0, row)[0]
     groups, asymmetric = formats.groups.index_select(0, row)[0], formats.asymmetric.index_select(0, row)[0]
-    if len(index) == 1:  # one channel, many rows
+    if index.shape[0] == 1:  # one channel, many rows
         ds, db = ds.sum(0, keepdim=True), db.sum(0, keepdim=True)
-    g = torch.rsqrt(bounds[1] * numel / groups)
+    g = torch.rsqrt(bounds[1] / groups)
     grad_scale = torch.zeros_like(scale).index_add(0, index, (ds * g).to(scale.dtype))
     grad_offset = torch.zeros_like(offset).index_add(0, offset_index, (db * g * asymmetric).to(offset.dtype))
     return grad_scale, grad_offset
 
 
 def _backward(
-    u: Tensor, x: Tensor, scale: Tensor, offset: Tensor, formats: Formats, grid: Grid, numel: int
+    u: Tensor, x: Tensor, scale: Tensor, offset: Tensor, formats: Formats, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, ds, db = row_gradients(u, x, grid)
-    return grad_x, *_table_gradients(ds, db, scale, offset, formats, grid.bounds, numel)
+    return grad_x, *_table_gradients(ds, db, scale, offset, formats, grid.bounds)
 
 
 class Moments(NamedTuple):
@@ -168,14 +169,13 @@ class Kernels(NamedTuple):
 
     Attributes:
         forward: (x [R, L], scale [S], offset [A], formats, dtype of the result) -> (result [R, L], grid).
-        backward: (u [R, L], x, scale, offset, formats, grid, values of the tensor or, for activations, of one image)
-            -> gradients of x, scale and offset.
+        backward: (u [R, L], x, scale, offset, formats, grid) -> gradients of x, scale and offset.
         moments: see `moments`.
         moments_gradient: see there.
     """
 
     forward: Callable[[Tensor, Tensor, Tensor, Formats, torch.dtype], tuple[Tensor, Grid]]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Formats, Grid, int], tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Formats, Grid], tuple[Tensor, Tensor, Tensor]]
     moments: Callable[[Tensor], Moments]
     moments_gradient: Callable[[Tensor, Moments, Tensor, Tensor], Tensor]
 
@@ -201,30 +201,109 @@ def _eager_forward(
 
 
 def _eager_backward(
-    u: Tensor, x: Tensor, scale: Tensor, offset: Tensor, formats: Formats, grid: Grid, numel: int
+    u: Tensor, x: Tensor, scale: Tensor, offset: Tensor, formats: Formats, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, sums = torch.empty_like(x), []
     for rows in _blocks(x):
         grad_x[rows], *both = row_gradients(u[rows], x[rows], _part(grid, rows))
         sums.append(torch.stack(both))
     ds, db = torch.cat(sums, 1)
-    return grad_x, *_table_gradients(ds, db, scale, offset, formats, grid.bounds, numel)
+    return grad_x, *_table_gradients(ds, db, scale, offset, formats, grid.bounds)
 
 
 EAGER = Kernels(_eager_forward, _eager_backward, moments, moments_gradient)
 
 
+def _kind(leaf: Any) -> Any:
+    """What compiled code depends on: everything but the sizes and values of a tensor."""
+    return (leaf.dtype, leaf.device, *(n == 1 for n in leaf.shape)) if isinstance(leaf, Tensor) else leaf
+
+
+def _compile(function: Callable[..., Any], leaves: Sequence[Any]) -> Callable[..., Sequence[Tensor]]:
+    """Inductor's code for a function with arguments of a kind, for all sizes; takes the tensors among the arguments.
+
+    The sizes here are only hints: large, so that the code is parallel, and equal only where those of the arguments are.
+    """
+    import torch._inductor  # slow imports
+    from torch._functorch import config as functorch_config
+    from torch.fx.experimental import _config as fx_config
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def on_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(tensors)
+        return tuple(function(*(next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves)))
+
+    examples = [
+        torch.empty([n if n == 1 else n + _SIZE_HINT for n in leaf.shape], dtype=leaf.dtype, device=leaf.device)
+        for leaf in leaves
+        if isinstance(leaf, Tensor)
+    ]
+    device = examples[0].device.type
+    with (
+        torch.no_grad(),
+        torch.autocast(device, enabled=False),
+        fx_config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
+        functorch_config.patch(enable_autograd_cache=False),
+    ):
+        graph = make_fx(on_tensors, tracing_mode="symbolic")(*examples)
+        inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+        for node in graph.graph.nodes:
+            node.meta = {"val": node.meta["val"]} if "val" in node.meta else {}  # the rest defeats inductor's cache
+        options = {"eager_numerics.division_rounding": True}  # x / s as IEEE says, as in eager mode
+        return torch._inductor.compile(graph, inputs, options=options)  # type: ignore[no-any-return]
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Sequence[Tensor]]:
+    """A function of tensors and constants through inductor, compiled once for each kind of arguments and number of threads.
+
+    It is called as it is: the guards of `torch.compile` would take longer than a kernel on a small tensor.
+    """
+    variants: dict[Any, Callable[..., Sequence[Tensor]]] = {}
+
+    def call(*leaves: Any) -> Sequence[Tensor]:
+        kind = (torch.get_num_threads(), *map(_kind, leaves))
+        run = variants.get(kind)
+        if run is None:
+            run = variants[kind] = _compile(function, leaves)
+        return run(*(leaf.contiguous() for leaf in leaves if isinstance(leaf, Tensor)))
+
+    return call
+
+
 @functools.cache
 def compiled_kernels() -> Kernels:
-    """The kernels through `torch.compile`: one generated loop each (C++ on CPU, Triton on CUDA), for all formats and shapes."""
-    options: dict[str, Any] = {"eager_numerics.division_rounding": True}  # x / s as IEEE says, as in eager mode
+    """The kernels through inductor: one generated loop each (C++ on CPU, Triton on CUDA), for all formats and shapes."""
 
-    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(  # type: ignore[call-overload, no-any-return]
-            function, fullgraph=True, dynamic=True, recompile_limit=64, options=options
-        )
+    def flat_forward(x: Tensor, scale: Tensor, offset: Tensor, dtype: torch.dtype, *formats: Tensor) -> Any:
+        out, grid = _forward(x, scale, offset, Formats(*formats), dtype)
+        return out, *grid
 
-    return Kernels(compiled(_forward), compiled(_backward), compiled(moments), compiled(moments_gradient))
+    def flat_backward(u: Tensor, x: Tensor, scale: Tensor, offset: Tensor, *rest: Tensor) -> Any:
+        count = len(Formats._fields)
+        return _backward(u, x, scale, offset, Formats(*rest[:count]), Grid(*rest[count:]))
+
+    def flat_moments_gradient(w: Tensor, *rest: Tensor) -> Any:
+        return (moments_gradient(w, Moments(*rest[:-2]), *rest[-2:]),)
+
+    run_forward, run_backward = _compiled(flat_forward), _compiled(flat_backward)
+    run_moments, run_moments_gradient = _compiled(moments), _compiled(flat_moments_gradient)
+
+    def forward(x: Tensor, scale: Tensor, offset: Tensor, formats: Formats, dtype: torch.dtype) -> tuple[Tensor, Grid]:
+        out, *grid = run_forward(x, scale, offset, dtype, *formats)
+        return out, Grid(*grid)
+
+    def backward(
+        u: Tensor, x: Tensor, scale: Tensor, offset: Tensor, formats: Formats, grid: Grid
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad_x, grad_scale, grad_offset = run_backward(u, x, scale, offset, *formats, *grid)
+        return grad_x, grad_scale, grad_offset
+
+    def of_moments(w: Tensor, m: Moments, grad_skewness: Tensor, grad_kurtosis: Tensor) -> Tensor:
+        # float64 without dimensions would count as Python numbers, whose values are compiled in
+        numbers = (number.reshape(1) for number in (*m, grad_skewness, grad_kurtosis))
+        return run_moments_gradient(w, *numbers)[0]
+
+    return Kernels(forward, backward, lambda w: Moments(*run_moments(w)), of_moments)
 
 
 def traced_kernels() -> Kernels:
@@ -245,13 +324,10 @@ def choose_kernels(mode: CompileMode, device: torch.device) -> Kernels:
     if mode == "off":
         return EAGER
     try:
-        # no two sizes are equal here, else the compiled code would be for equal sizes only
-        sizes = {"index": (5, 1), "offset_index": (5, 1), "ranges": (2, 5, 2)}
-        index, offset_index, ranges = (torch.ones(size, device=device) for size in sizes.values())
-        column, row = torch.ones(5, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-        formats = Formats(index.long(), offset_index.long(), column, ranges, column, row, row)
-        x = torch.ones(37, 41, device=device)
-        compiled_kernels().forward(x, torch.ones(11, device=device), torch.ones(7, device=device), formats, x.dtype)
+        index, column = torch.zeros(5, 1, dtype=torch.int64, device=device), torch.ones(5, 1, device=device)
+        formats = Formats(index, index, column, torch.ones(2, 5, 2, device=device), column, index[0], index[0])
+        table = torch.ones(5, device=device)
+        compiled_kernels().forward(torch.ones(3, 7, device=device), table, table, formats, table.dtype)
     except Exception as error:  # a compiler that is missing, too old or broken fails in many ways
         if mode == "on":
             reason = str(error).strip().splitlines()[0]

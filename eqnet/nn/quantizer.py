@@ -108,7 +108,9 @@ class ElasticQuantizer(nn.Module):
     @property
     def active(self) -> Formats:
         """What the rows of the tables mean, and the active one."""
-        return Formats(self.index, self.offset_index, self.asymmetric, self.ranges, self.groups, self.signed, self.row)
+        tables = self._buffers  # attributes of modules are slow to look up, and this runs for every tensor of a step
+        names = ("index", "offset_index", "asymmetric", "ranges", "groups", "signed", "row")
+        return Formats(*(tables[name] for name in names))  # type: ignore[arg-type]
 
     @torch.no_grad()
     def qparams(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
