@@ -145,6 +145,7 @@ class SearchSettings(_Section):
         3, ge=1
     )  # each searches, measures its winners on validation, and lets the next predictor learn them
     top_k: int = Field(10, ge=1)  # winners measured in each round
+    score_images: int = Field(64, ge=1)  # labelled training images of an additive score
 
 
 class Settings(_Section):

@@ -168,7 +168,7 @@ def test_every_score_gives_a_table_that_the_exact_search_takes(
 ) -> None:
     before, state = supernet.config, copy.deepcopy(supernet.state_dict())
     steps: list[int] = []
-    found = SCORES[score](supernet, batches, accelerator, lambda: steps.append(1))
+    found = SCORES[score](supernet, supernet.space, batches, accelerator, lambda: steps.append(1))
     assert len(steps) == len(batches) * len(supernet.layers)
     assert supernet.config == before
     assert all(torch.equal(state[name], value) for name, value in supernet.state_dict().items())
@@ -177,7 +177,7 @@ def test_every_score_gives_a_table_that_the_exact_search_takes(
     form = space.forms[0]
     values = [loss.of(space.uniform(bits, form)) for bits in (2, 4, 8)]
     assert values[0] > values[1] > values[2] >= 0
-    again = SCORES[score](supernet, batches, accelerator, nothing)
+    again = SCORES[score](supernet, supernet.space, batches, accelerator, nothing)
     assert again.to_json() == found.to_json()
     budget = Budget.parse("w=4,a=4").bind(space)
     best = exact_search(loss, budget.costs, budget.limits, forms=space.forms)
@@ -185,12 +185,14 @@ def test_every_score_gives_a_table_that_the_exact_search_takes(
     assert best.loss <= loss.of(space.uniform(4, form)) * (1 + 1e-9)
     narrow = space.restrict_form(form)
     assert found.loss(narrow).of(narrow.uniform(4, form)) == pytest.approx(values[1], rel=1e-12)
+    alone = SCORES[score](supernet, narrow, batches, accelerator, nothing)
+    assert alone.loss(narrow).of(narrow.uniform(4, form)) == pytest.approx(values[1], rel=1e-12)
 
 
 def test_errors_fall_with_bits_and_scale_with_the_weights(
     supernet: Supernet, batches: list[Batch], accelerator: Accelerator, images: Callable[..., Tensor]
 ) -> None:
-    errors = perturbations(supernet, batches, accelerator, nothing)
+    errors = perturbations(supernet, supernet.space, batches, accelerator, nothing)
     for (name, slot), values in errors.items():
         formats = supernet.space.choices(name, slot)
         for form in {(f.symmetric, f.granularity) for f in formats}:
@@ -200,7 +202,7 @@ def test_errors_fall_with_bits_and_scale_with_the_weights(
         for layer in supernet.layers.values():
             layer.latent_weight.mul_(3)
     supernet.calibrate(images(16))
-    scaled = perturbations(supernet, batches, accelerator, nothing)
+    scaled = perturbations(supernet, supernet.space, batches, accelerator, nothing)
     for name in supernet.layers:
         torch.testing.assert_close(scaled[name, "weight"], 9 * errors[name, "weight"], rtol=1e-3, atol=1e-9)
 
@@ -233,7 +235,7 @@ def test_scores_of_a_linear_layer_equal_their_formulas(
     change = (quantizer(weight) - weight).detach()
 
     def value(score: str) -> float:
-        return SCORES[score](linear, data, accelerator, nothing).tables[name, "weight"][fmt]
+        return SCORES[score](linear, linear.space, data, accelerator, nothing).tables[name, "weight"][fmt]
 
     assert value("squared_error") == pytest.approx(change.square().sum().item(), rel=1e-5)
     output = x @ change.T
@@ -245,7 +247,7 @@ def test_scores_of_a_linear_layer_equal_their_formulas(
     q = (logits + output).log_softmax(1)
     assert value("kl") == pytest.approx((p * (p.log() - q)).sum(1).mean().item(), rel=1e-3)
     curvature = ((p * (1 - p)).sum(1) * x.square().sum(1)).mean().item()  # trace of the softmax regression
-    facts = SCORES["hessian"](linear, data, accelerator, nothing).facts
+    facts = SCORES["hessian"](linear, linear.space, data, accelerator, nothing).facts
     error = facts["standard_error"]["1.weight"]
     assert abs(facts["trace_per_element"]["1.weight"] - curvature / 48) < 3 * error
     assert error < 0.5 * curvature / 48
@@ -266,7 +268,7 @@ def test_the_gradient_score_is_zero_without_a_change_and_quadratic_in_it(
     def score(eps: float) -> float:
         with torch.no_grad():
             layer.latent_weight.copy_(on_grid + eps * quantizer.scale.min() * 1e-2)
-        return SCORES["gradient"](linear, data, accelerator, nothing).tables["1", "weight"][fmt]
+        return SCORES["gradient"](linear, linear.space, data, accelerator, nothing).tables["1", "weight"][fmt]
 
     assert score(0.0) == pytest.approx(0.0, abs=1e-9)
     assert score(4.0) / score(2.0) == pytest.approx(4.0, rel=0.05)
@@ -316,20 +318,21 @@ def test_a_layer_that_never_runs_is_named(score: str, accelerator: Accelerator, 
     net = Supernet.from_model(Unused(), (1, 2, 2), bits=[2, 4], fixed="none")
     net.calibrate(images(8, (1, 2, 2)))
     with pytest.raises(ValueError, match="layer 'unused' never runs"):
-        SCORES[score](net, [(images(4, (1, 2, 2)), torch.zeros(4, dtype=torch.int64))], accelerator, nothing)
+        SCORES[score](net, net.space, [(images(4, (1, 2, 2)), torch.zeros(4, dtype=torch.int64))], accelerator, nothing)
 
 
 def test_scores_need_images_and_calibration(
     supernet: Supernet, make_cnn: Callable[[], nn.Module], batches: list[Batch], accelerator: Accelerator
 ) -> None:
     with pytest.raises(ValueError, match="no image"):
-        SCORES["kl"](supernet, [], accelerator, nothing)
+        SCORES["kl"](supernet, supernet.space, [], accelerator, nothing)
+    fresh = Supernet.from_model(make_cnn(), (3, 8, 8))
     with pytest.raises(ValueError, match="not calibrated"):
-        SCORES["kl"](Supernet.from_model(make_cnn(), (3, 8, 8)), batches, accelerator, nothing)
+        SCORES["kl"](fresh, fresh.space, batches, accelerator, nothing)
 
 
 def test_tables_that_do_not_fit_are_refused(supernet: Supernet, batches: list[Batch], accelerator: Accelerator) -> None:
-    found = SCORES["squared_error"](supernet, batches, accelerator, nothing)
+    found = SCORES["squared_error"](supernet, supernet.space, batches, accelerator, nothing)
     key = next(iter(found.tables))
     with pytest.raises(ValueError, match="not finite"):
         Sensitivity("kl", {key: {QuantFormat(2): float("nan")}})
@@ -340,7 +343,7 @@ def test_tables_that_do_not_fit_are_refused(supernet: Supernet, batches: list[Ba
 
 
 def test_a_loss_adds_up_over_layers(supernet: Supernet, batches: list[Batch], accelerator: Accelerator) -> None:
-    found = SCORES["kl"](supernet, batches, accelerator, nothing)
+    found = SCORES["kl"](supernet, supernet.space, batches, accelerator, nothing)
     space, loss = supernet.space, found.loss(supernet.space)
     config = space.sample(np.random.default_rng(0))
     by_hand = sum(

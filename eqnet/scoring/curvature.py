@@ -37,6 +37,7 @@ from eqnet.scoring.sensitivity import (
     share,
     table,
 )
+from eqnet.space import QuantSpace
 
 Block = Sequence[Tensor]
 TOLERANCE = 0.1  # of the standard error of a trace, as a part of it
@@ -124,7 +125,9 @@ def _signs(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return (torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1).to(tensor)
 
 
-def hessian(supernet: Supernet, batches: Sequence[Batch], accelerator: Accelerator, advance: Advance) -> Sensitivity:
+def hessian(
+    supernet: Supernet, space: QuantSpace, batches: Sequence[Batch], accelerator: Accelerator, advance: Advance
+) -> Sensitivity:
     """HAWQ-V2: trace of the Hessian per element, times the squared error of the format.
 
     A trace below its standard error, negative ones among them, counts as that error: too few samples must not make a format
@@ -154,10 +157,12 @@ def hessian(supernet: Supernet, batches: Sequence[Batch], accelerator: Accelerat
         "products": int(accelerator.reduce(torch.tensor(products, device=accelerator.device), reduction="sum")),
     }
     factors = {key: max(value, errors[key]) for key, value in per_element.items()}
-    return _times_perturbation("hessian", factors, facts, supernet, batches, accelerator)
+    return _times_perturbation("hessian", factors, facts, supernet, space, batches, accelerator)
 
 
-def eigenvalue(supernet: Supernet, batches: Sequence[Batch], accelerator: Accelerator, advance: Advance) -> Sensitivity:
+def eigenvalue(
+    supernet: Supernet, space: QuantSpace, batches: Sequence[Batch], accelerator: Accelerator, advance: Advance
+) -> Sensitivity:
     """HAWQ: top eigenvalue of the Hessian (mean over the batches), times the squared error of the format.
 
     That of the inputs is the largest over the images of a batch. Negative ones count by their magnitude.
@@ -175,7 +180,7 @@ def eigenvalue(supernet: Supernet, batches: Sequence[Batch], accelerator: Accele
     tops = {key: float(v[0]) / len(batches) for key, v in reduced(values, accelerator).items()}
     facts = {"eigenvalue": {f"{layer}.{slot}": value for (layer, slot), value in tops.items()}}
     return _times_perturbation(
-        "eigenvalue", {key: abs(v) for key, v in tops.items()}, facts, supernet, batches, accelerator
+        "eigenvalue", {key: abs(v) for key, v in tops.items()}, facts, supernet, space, batches, accelerator
     )
 
 
@@ -197,8 +202,9 @@ def _times_perturbation(
     factors: dict[Quantizer, float],
     facts: Mapping[str, object],
     supernet: Supernet,
+    space: QuantSpace,
     batches: Sequence[Batch],
     accelerator: Accelerator,
 ) -> Sensitivity:
-    errors = perturbations(supernet, batches, accelerator, lambda: None)
-    return Sensitivity(score, table(supernet, {key: factors[key] * errors[key] for key in errors}), facts)
+    errors = perturbations(supernet, space, batches, accelerator, lambda: None)
+    return Sensitivity(score, table(space, {key: factors[key] * errors[key] for key in errors}), facts)

@@ -39,6 +39,8 @@ from eqnet.space import CostModel, LayerInfo, QuantFormat, QuantSpace, Slot
 Batch = tuple[Tensor, Tensor]
 Advance = Callable[[], None]
 Quantizer = tuple[str, Slot]
+SLOTS: tuple[Slot, Slot] = ("weight", "act")
+Formats = Sequence[QuantFormat]
 Sums = dict[Quantizer, Tensor]  # float64 [F]
 
 
@@ -98,7 +100,8 @@ class Sensitivity:
         return {"score": self.score, "table": rows, "facts": dict(self.facts)}
 
 
-Score = Callable[[Supernet, Sequence[Batch], Accelerator, Advance], Sensitivity]
+# supernet, the formats to score (a restriction of its space), labelled images, processes, called once per batch and layer
+Score = Callable[[Supernet, QuantSpace, Sequence[Batch], Accelerator, Advance], Sensitivity]
 
 
 def quantizers(supernet: Supernet) -> dict[Quantizer, ElasticQuantizer]:
@@ -150,15 +153,15 @@ def means(sums: Sums, batches: Sequence[Batch], accelerator: Accelerator) -> Sum
     return {key: values / images for key, values in reduced(sums, accelerator).items()}
 
 
-def table(supernet: Supernet, sums: Sums) -> dict[Quantizer, dict[QuantFormat, float]]:
+def table(space: QuantSpace, sums: Sums) -> dict[Quantizer, dict[QuantFormat, float]]:
     """Numbers [F] of each quantizer by format."""
-    found = quantizers(supernet)
-    return {key: dict(zip(found[key].formats, values.tolist(), strict=True)) for key, values in sums.items()}
+    return {key: dict(zip(space.choices(*key), values.tolist(), strict=True)) for key, values in sums.items()}
 
 
-def empty(supernet: Supernet) -> Sums:
+def empty(space: QuantSpace) -> Sums:
     """Zeros for every format of every quantizer."""
-    return {key: torch.zeros(len(q.formats), dtype=torch.float64) for key, q in quantizers(supernet).items()}
+    keys = [(layer.name, slot) for layer in space.layers for slot in SLOTS if space.choices(layer.name, slot)]
+    return {key: torch.zeros(len(space.choices(*key)), dtype=torch.float64) for key in keys}
 
 
 @contextmanager
@@ -189,21 +192,23 @@ def hooks(modules: Mapping[Any, nn.Module], hook: Callable[[Any, Tensor, Tensor]
 
 @torch.no_grad()
 def squared_error(
-    supernet: Supernet, batches: Sequence[Batch], accelerator: Accelerator, advance: Advance
+    supernet: Supernet, space: QuantSpace, batches: Sequence[Batch], accelerator: Accelerator, advance: Advance
 ) -> Sensitivity:
     """Squared error of every format: of the weights, and of the inputs of an image."""
-    return Sensitivity("squared_error", table(supernet, perturbations(supernet, batches, accelerator, advance)))
+    return Sensitivity("squared_error", table(space, perturbations(supernet, space, batches, accelerator, advance)))
 
 
 @torch.no_grad()
-def perturbations(supernet: Supernet, batches: Sequence[Batch], accelerator: Accelerator, advance: Advance) -> Sums:
+def perturbations(
+    supernet: Supernet, space: QuantSpace, batches: Sequence[Batch], accelerator: Accelerator, advance: Advance
+) -> Sums:
     """|Q(T) - T|^2 of each format of every quantizer: of the weights, and of the inputs of an image, float64 [F]."""
-    sums = empty(supernet)
+    sums = empty(space)
 
     def add(name: str, x: Tensor, out: Tensor) -> None:
         quantizer = supernet.layers[name].act_quantizer
         if quantizer is not None:
-            sums[name, "act"] += _errors(quantizer, x)
+            sums[name, "act"] += _errors(quantizer, space.choices(name, "act"), x)
 
     with floating_point(supernet):
         for images, _ in share(batches, accelerator):
@@ -213,26 +218,28 @@ def perturbations(supernet: Supernet, batches: Sequence[Batch], accelerator: Acc
                 advance()
         result = means(sums, batches, accelerator)
         for name, layer in supernet.layers.items():
-            result[name, "weight"] = _errors(layer.weight_quantizer, layer.float_weight)
+            result[name, "weight"] = _errors(layer.weight_quantizer, space.choices(name, "weight"), layer.float_weight)
     return result
 
 
-def _errors(quantizer: ElasticQuantizer, x: Tensor, slope: Tensor | float = 1.0) -> Tensor:
+def _errors(quantizer: ElasticQuantizer, formats: Formats, x: Tensor, slope: Tensor | float = 1.0) -> Tensor:
     """Sum of squares of slope * (Q(x) - x) for each format, float64 [F]."""
-    return _per_format(quantizer, lambda: ((quantizer(x) - x) * slope).square().sum())
+    return _per_format(quantizer, formats, lambda: ((quantizer(x) - x) * slope).square().sum())
 
 
-def _per_format(quantizer: ElasticQuantizer, value: Callable[[], Tensor]) -> Tensor:
-    """`value()` with each format of the quantizer in turn, float64 [F]."""
+def _per_format(quantizer: ElasticQuantizer, formats: Formats, value: Callable[[], Tensor]) -> Tensor:
+    """`value()` with each format of a quantizer in turn, float64 [F]."""
     values = []
     with _on(quantizer):
-        for fmt in quantizer.formats:
+        for fmt in formats:
             quantizer.select(fmt)
             values.append(value().double().cpu())
     return torch.stack(values)
 
 
-def gradient(supernet: Supernet, batches: Sequence[Batch], accelerator: Accelerator, advance: Advance) -> Sensitivity:
+def gradient(
+    supernet: Supernet, space: QuantSpace, batches: Sequence[Batch], accelerator: Accelerator, advance: Advance
+) -> Sensitivity:
     """ModelOpt's score: squared product of the loss gradient at a layer's output and the change of that output.
 
     One backward pass per batch serves every layer and format.
@@ -240,14 +247,14 @@ def gradient(supernet: Supernet, batches: Sequence[Batch], accelerator: Accelera
     Raises:
         ValueError: a layer that does not run by itself, so that it has no output.
     """
-    sums = empty(supernet)
+    sums = empty(space)
     with floating_point(supernet):
         for batch in share(batches, accelerator):
             for name, x, slope in _output_gradients(supernet, *batch):
-                _add_output_changes(supernet, name, x, slope, sums)
+                _add_output_changes(supernet, space, name, x, slope, sums)
             for _ in supernet.layers:
                 advance()
-    return Sensitivity("gradient", table(supernet, means(sums, batches, accelerator)))
+    return Sensitivity("gradient", table(space, means(sums, batches, accelerator)))
 
 
 def _output_gradients(supernet: Supernet, images: Tensor, labels: Tensor) -> list[tuple[str, Tensor, Tensor]]:
@@ -274,23 +281,30 @@ def _check_that_all_ran(missing: set[str]) -> None:
 
 
 @torch.no_grad()
-def _add_output_changes(supernet: Supernet, name: str, x: Tensor, slope: Tensor, sums: Sums) -> None:
+def _add_output_changes(supernet: Supernet, space: QuantSpace, name: str, x: Tensor, slope: Tensor, sums: Sums) -> None:
     """Adds the score of one call of a layer with inputs `x`; `slope` is the gradient at its output."""
     layer = supernet.layers[name]
     assert isinstance(layer, nn.Module)
     exact = layer(x)
-    for slot, quantizer in (("weight", layer.weight_quantizer), ("act", layer.act_quantizer)):
+    pairs: tuple[tuple[Slot, ElasticQuantizer | None], ...] = (
+        ("weight", layer.weight_quantizer),
+        ("act", layer.act_quantizer),
+    )
+    for slot, quantizer in pairs:
         if quantizer is not None:
-            sums[name, slot] += _per_format(quantizer, lambda: ((layer(x) - exact) * slope).square().sum())  # type: ignore[index]
+            formats = space.choices(name, slot)
+            sums[name, slot] += _per_format(quantizer, formats, lambda: ((layer(x) - exact) * slope).square().sum())
 
 
-def fisher(supernet: Supernet, batches: Sequence[Batch], accelerator: Accelerator, advance: Advance) -> Sensitivity:
+def fisher(
+    supernet: Supernet, space: QuantSpace, batches: Sequence[Batch], accelerator: Accelerator, advance: Advance
+) -> Sensitivity:
     """The gradient score at the quantized tensors themselves: squared product of loss gradient and quantization error.
 
     The gradient of weights is that of the summed loss of a batch: its square estimates the sum of squares over images where
     gradients of images are independent with mean zero.
     """
-    sums, found = empty(supernet), quantizers(supernet)
+    sums, found = empty(space), quantizers(supernet)
     with floating_point(supernet):
         for images, labels in share(batches, accelerator):
             values, probes, loss = probed_loss(supernet, images, labels, reduction="sum")
@@ -298,10 +312,10 @@ def fisher(supernet: Supernet, batches: Sequence[Batch], accelerator: Accelerato
             slopes = gradients_of(loss, [probe for calls in probes.values() for probe in calls])
             with torch.no_grad():
                 for (key, x), slope in zip(flat, slopes, strict=True):
-                    sums[key] += _errors(found[key], x, slope)
+                    sums[key] += _errors(found[key], space.choices(*key), x, slope)
                     if key[1] == "weight":
                         advance()
-    return Sensitivity("fisher", table(supernet, means(sums, batches, accelerator)))
+    return Sensitivity("fisher", table(space, means(sums, batches, accelerator)))
 
 
 def probed_loss(
@@ -338,13 +352,15 @@ def gradients_of(loss: Tensor, tensors: Sequence[Tensor], *, create_graph: bool 
     return torch.autograd.grad(loss, tensors, create_graph=create_graph, allow_unused=True, materialize_grads=True)
 
 
-def kl(supernet: Supernet, batches: Sequence[Batch], accelerator: Accelerator, advance: Advance) -> Sensitivity:
+def kl(
+    supernet: Supernet, space: QuantSpace, batches: Sequence[Batch], accelerator: Accelerator, advance: Advance
+) -> Sensitivity:
     """KL divergence of the predicted classes from those in floating point, one quantizer at a time."""
 
     def distance(outputs: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> Tensor:
         return class_divergence(exact[""], outputs[""])
 
-    return _one_at_a_time("kl", supernet, batches, accelerator, advance, distance, [])
+    return _one_at_a_time("kl", supernet, space, batches, accelerator, advance, distance, [])
 
 
 def class_divergence(exact: Tensor, changed: Tensor) -> Tensor:
@@ -353,7 +369,7 @@ def class_divergence(exact: Tensor, changed: Tensor) -> Tensor:
 
 
 def output_error(
-    supernet: Supernet, batches: Sequence[Batch], accelerator: Accelerator, advance: Advance
+    supernet: Supernet, space: QuantSpace, batches: Sequence[Batch], accelerator: Accelerator, advance: Advance
 ) -> Sensitivity:
     """MCT's score: normalised squared error of the outputs of all layers (mean) and of the logits, one quantizer at a time."""
 
@@ -361,7 +377,9 @@ def output_error(
         layers = [normalised_error(exact[name], outputs[name]) for name in exact if name]
         return torch.stack(layers).mean(0) + normalised_error(exact[""], outputs[""])
 
-    return _one_at_a_time("output_error", supernet, batches, accelerator, advance, distance, list(supernet.layers))
+    return _one_at_a_time(
+        "output_error", supernet, space, batches, accelerator, advance, distance, list(supernet.layers)
+    )
 
 
 def normalised_error(exact: Tensor, changed: Tensor) -> Tensor:
@@ -374,6 +392,7 @@ def normalised_error(exact: Tensor, changed: Tensor) -> Tensor:
 def _one_at_a_time(
     score: str,
     supernet: Supernet,
+    space: QuantSpace,
     batches: Sequence[Batch],
     accelerator: Accelerator,
     advance: Advance,
@@ -384,7 +403,7 @@ def _one_at_a_time(
 
     `distance` gets outputs by layer for the layers `watched`, and the logits under "".
     """
-    sums, found = empty(supernet), quantizers(supernet)
+    sums, found = empty(space), quantizers(supernet)
     layers = {name: layer for name, layer in supernet.layers.items() if name in watched}
 
     def run(images: Tensor) -> dict[str, Tensor]:
@@ -397,14 +416,14 @@ def _one_at_a_time(
             outputs[""] = supernet(images)
         return outputs
 
-    def distances(quantizer: ElasticQuantizer, images: Tensor, exact: Mapping[str, Tensor]) -> Tensor:
-        return _per_format(quantizer, lambda: distance(run(images), exact))
+    def distances(quantizer: ElasticQuantizer, formats: Formats, images: Tensor, exact: Mapping[str, Tensor]) -> Tensor:
+        return _per_format(quantizer, formats, lambda: distance(run(images), exact))
 
     with floating_point(supernet):
         for images, _ in share(batches, accelerator):
             exact = run(images)
             for key, quantizer in found.items():
-                sums[key] += distances(quantizer, images, exact)
+                sums[key] += distances(quantizer, space.choices(*key), images, exact)
                 if key[1] == "weight":
                     advance()
-    return Sensitivity(score, table(supernet, means(sums, batches, accelerator)))
+    return Sensitivity(score, table(space, means(sums, batches, accelerator)))
