@@ -12,15 +12,19 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from eqnet.command import make_console, progress_bar, run_command, start_cpu_processes
+from eqnet.data import DataSplits
 from eqnet.report import comparison_table, plot_bits, plot_front, plot_predictor, write_front
 from eqnet.run import Run, open_data, versions
 from eqnet.scoring.evaluation import AccuracyTable, Evaluator, build_table, uniform_configs
 from eqnet.scoring.predictor import AccuracyPredictor
-from eqnet.search import measured_search, pareto_search
+from eqnet.search import Found, exact_front, measured_search, pareto_search
+from eqnet.search.exact import METHODS, Method, Planned, choose_method, planned_search, score_batches, score_formats
 from eqnet.settings import Settings, load_settings
 from eqnet.space import ALL_FORMS, COSTS, BoundBudget, Budget, Form, Genomes, QuantConfig, QuantSpace
 from eqnet.subnet import read_subnet, save_subnet
 from eqnet.tracking import Tracker
+
+FRONT_POINTS = 20  # limits of an exact front
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,6 +37,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--form", choices=[f.name for f in ALL_FORMS], help="search one form (default: all of the space)"
     )
+    parser.add_argument("--method", choices=METHODS, default="genetic", help="how to search (default: genetic)")
+    parser.add_argument("--score", help="search on this additive score instead of an accuracy predictor")
     parser.add_argument("--pareto", action="store_true", help="also the front between predicted accuracy and cost")
     parser.add_argument("settings", nargs="*", help="YAML files and key=value overrides of search.*, seed or tracking")
     return parser.parse_intermixed_args()
@@ -42,6 +48,8 @@ def main() -> None:
     """Table, predictor, search, re-ranking, result; builds what is missing."""
     arguments = parse_arguments()
     budget = None if arguments.budget is None else Budget.parse(arguments.budget)
+    additive = arguments.score is not None or arguments.method != "genetic"
+    method, score = choose_method(arguments.method, arguments.score) if additive else (None, "")
     run = Run.open(arguments.run)
     if budget is not None and run.settings.subnet is not None:
         raise ValueError(
@@ -66,6 +74,8 @@ def main() -> None:
     console.print(f"run {run.path}, budget {budget}, {len(forms)} form(s)")
     tracker = Tracker(run.path, settings.tracking, settings.project, settings.model_dump(), accelerator.is_main_process)
     try:
+        if method is not None:
+            return plan(arguments, run, settings, method, score, bound, data, evaluator, accelerator, tracker, console)
         rows, folder = settings.search.table_size, run.path / "table"
         with progress_bar(console, "accuracy table", -(-rows // accelerator.num_processes)) as advance:
             table = build_table(evaluator, folder, rows, settings.seed, accelerator, advance)
@@ -136,31 +146,143 @@ def search(
     console: Console,
 ) -> None:
     """Searches, measures the best on the test split once, beside the best uniform config, and writes the files."""
-    s, space, budget = settings.search, bound.space, str(Budget.parse(arguments.budget))
+    s, space = settings.search, bound.space
     with progress_bar(console, "search and measurement", s.rounds * s.generations) as advance:
         found = measured_search(space, bound, table, predictor, evaluator, s, settings.seed, accelerator, advance)
+    folder, won = conclude(arguments, run, settings, found, space, {}, None, evaluator, accelerator, tracker, console)
+    if folder is not None and arguments.pareto:
+        pareto(folder, bound, predictor, won, settings, tracker, console)
+    if folder is not None:
+        console.print(f"saved {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+
+
+def conclude(
+    arguments: argparse.Namespace,
+    run: Run,
+    settings: Settings,
+    found: Found,
+    space: QuantSpace,
+    facts: dict[str, Any],
+    score: str | None,
+    evaluator: Evaluator,
+    accelerator: Accelerator,
+    tracker: Tracker,
+    console: Console,
+) -> tuple[Path | None, dict[str, Any]]:
+    """Measures the best on the test split once, beside the best uniform config, and writes the files.
+
+    Returns:
+        The folder (None on all but the main process), and what is written about the winner.
+    """
+    budget = str(Budget.parse(arguments.budget))
     rivals = [*found.searched[:1], *found.uniform[:1]]
     tests = evaluator.measure_all([c.config for c in rivals], ["test"], accelerator)[:, 0]
     if not accelerator.is_main_process:
-        return
+        return None, {}
     rows = [c.to_json(space, float(test)) for c, test in zip(rivals, tests, strict=True)]
     searched, uniform = (rows[0] if found.searched else None), (rows[-1] if found.uniform else None)
     best = found.best
     won = rows[rivals.index(best)]
-    console.print(comparison_table({"searched": searched, "uniform": uniform}, space))
+    console.print(comparison_table({"searched": searched, "uniform": uniform}, space, score))
     if won is not searched:
         console.print("a uniform config was measured best on the validation split; it is the result")
-    folder = run.new_search_folder(budget, arguments.form)
-    header = {"budget": budget, "seed": settings.seed, "versions": versions()}
+    names = [arguments.form, *([arguments.method, score] if score is not None else [])]
+    folder = run.new_search_folder(budget, "-".join(filter(None, names)))
+    header = {"budget": budget, "seed": settings.seed, "versions": versions(), **facts}
     document = {**header, **won, "best_searched": searched, "best_uniform": uniform}
     save_subnet(folder, evaluator.supernet, best.config, evaluator.bn_batches, document)
     tracker.image("search/bits", plot_bits(best.config, space, folder / "bits.png"))
     tracker.log({f"search/{name}": value for name, value in (won["accuracy"] | won["cost"]).items()}, tracker.last_step)
     bits = [[name, c.weight.bits, "float" if c.act is None else c.act.bits] for name, c in best.config.items()]
     tracker.table("search/subnet", ["layer", "weight bits", "activation bits"], bits)
-    if arguments.pareto:
-        pareto(folder, bound, predictor, won, settings, tracker, console)
+    return folder, won
+
+
+def plan(
+    arguments: argparse.Namespace,
+    run: Run,
+    settings: Settings,
+    method: Method,
+    score: str,
+    bound: BoundBudget,
+    data: DataSplits,
+    evaluator: Evaluator,
+    accelerator: Accelerator,
+    tracker: Tracker,
+    console: Console,
+) -> None:
+    """Scores every format, searches on the sum of scores, measures the winner beside the best uniform config."""
+    batches = score_batches(data, settings, accelerator.device)
+    total = len(bound.space.layers) * len(range(accelerator.process_index, len(batches), accelerator.num_processes))
+    with progress_bar(console, f"score {score}", total) as advance:
+        sensitivity = score_formats(score, evaluator, bound.space, batches, accelerator, advance)
+    planned = planned_search(method, sensitivity, bound, evaluator, settings.search, settings.seed, accelerator)
+    exact = planned.exact
+    proof = "proven" if exact.optimal else f"proven up to {100 * exact.gap:.2g} %"
+    console.print(f"smallest {score} loss within the budget: {exact.loss:.6g}, {proof} in {exact.seconds:.2f} s")
+    if method.solver == "genetic":
+        console.print(f"optimality gap of the genetic search: {100 * planned.gap:.3g} %")
+    facts = {
+        "method": arguments.method,
+        "score": score,
+        "optimum": exact.loss,
+        "bound": exact.bound,
+        "gap": planned.gap,
+    }
+    folder, won = conclude(
+        arguments, run, settings, planned.found, bound.space, facts, score, evaluator, accelerator, tracker, console
+    )
+    if folder is None:
+        return
+    write_json(folder / "sensitivity.json", sensitivity.to_json())
+    if arguments.pareto or method.front:
+        plan_front(folder, bound, planned, score, won, settings, tracker, console)
     console.print(f"saved {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+
+
+def plan_front(
+    folder: Path,
+    bound: BoundBudget,
+    planned: Planned,
+    score: str,
+    chosen: dict[str, Any],
+    settings: Settings,
+    tracker: Tracker,
+    console: Console,
+) -> None:
+    """The exact front between loss and the budget's cost (BitOps if it limits several), and NSGA-II's on top."""
+    space, loss = bound.space, planned.loss
+    cost = bound.costs[0] if len(bound.costs) == 1 else COSTS["bitops"](space)
+    with progress_bar(console, "exact front", FRONT_POINTS) as advance:
+        exact = exact_front(loss, cost, points=FRONT_POINTS, forms=space.forms or None, progress=advance)
+    genetic = None
+    if np.isfinite(loss.table).all():
+        with progress_bar(console, "NSGA-II", settings.search.generations) as advance:
+            genetic = pareto_search(
+                space,
+                lambda genomes: -loss(genomes),
+                cost,
+                seed=settings.seed,
+                population=2 * settings.search.population,
+                generations=settings.search.generations,
+                mutation_probability=settings.search.mutation_probability,
+                progress=lambda *_: advance(),
+            )
+    write_front(exact.genomes, exact.scores, space, folder / "pareto.csv", score)
+    uniform = space.encode_all([c for _, _, c in uniform_configs(space)])
+    picture = plot_front(
+        (exact.costs, exact.scores),
+        (cost(uniform), -loss(uniform)),
+        (chosen["cost"][cost.name], chosen["accuracy"]["predicted"]),
+        cost,
+        folder / "pareto.png",
+        score=score,
+        genetic=None if genetic is None else (genetic.costs, genetic.scores),
+    )
+    tracker.image("search/pareto", picture)
+    console.print(
+        f"exact front: {len(exact.costs)} configs from {cost.format(exact.costs[0])} to {cost.format(exact.costs[-1])}"
+    )
 
 
 def pareto(

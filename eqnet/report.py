@@ -61,8 +61,13 @@ def uniform_table(results: Sequence[UniformAccuracy], split: str, float_accuracy
     return table
 
 
-def comparison_table(columns: Mapping[str, Mapping[str, Any] | None], space: QuantSpace) -> Table:
-    """The searched config beside the best uniform one within the budget: accuracies in percent and every cost."""
+def comparison_table(
+    columns: Mapping[str, Mapping[str, Any] | None], space: QuantSpace, score: str | None = None
+) -> Table:
+    """The searched config beside the best uniform one within the budget: accuracies in percent and every cost.
+
+    With the name of an additive score, what was predicted is its negative loss, not an accuracy.
+    """
     table = Table(title="the searched subnet and the best uniform config within the budget", title_justify="left")
     table.add_column("")
     found = [entry for entry in columns.values() if entry is not None]
@@ -70,26 +75,42 @@ def comparison_table(columns: Mapping[str, Mapping[str, Any] | None], space: Qua
         if entry is not None:
             table.add_column(label, justify="right")
     table.add_row("form", *(entry["form"] for entry in found))
-    for split in ("test", "validation", "predicted"):
+    for split in ("test", "validation", *(["predicted"] if score is None else [])):
         table.add_row(f"{split} accuracy [%]", *(f"{entry['accuracy'][split]:.2f}" for entry in found))
+    if score is not None:
+        table.add_row(f"{score} loss", *(f"{-entry['accuracy']['predicted']:.4g}" for entry in found))
     titles = {"w": "mean weight bits", "a": "mean activation bits", "size": "model size", "bitops": "BitOps"}
     for name, build in COSTS.items():
         table.add_row(titles[name], *(build(space).format(entry["cost"][name]) for entry in found))
     return table
 
 
-def write_front(genomes: Genomes, scores: NDArray[Any], space: QuantSpace, path: Path) -> None:
-    """A Pareto front as CSV: predicted accuracy, every cost, the form, then weight and activation bits of each layer."""
+def write_front(
+    genomes: Genomes, scores: NDArray[Any], space: QuantSpace, path: Path, score: str | None = None
+) -> None:
+    """A Pareto front as CSV: predicted accuracy, every cost, the form, then weight and activation bits of each layer.
+
+    With the name of an additive score, the first column is its loss, the negative of `scores`.
+    """
     configs = [space.decode(g) for g in genomes]
     costs = {name: build(space)(genomes) for name, build in COSTS.items()}
     names = [layer.name for layer in space.layers]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["predicted", *costs, "form", *(f"{n}.weight" for n in names), *(f"{n}.act" for n in names)])
+    writer.writerow(
+        [
+            "predicted" if score is None else f"{score} loss",
+            *costs,
+            "form",
+            *(f"{n}.weight" for n in names),
+            *(f"{n}.act" for n in names),
+        ]
+    )
     for i, config in enumerate(configs):
         acts = [config[n].act for n in names]
         bits = [*(config[n].weight.bits for n in names), *("float" if a is None else a.bits for a in acts)]
-        writer.writerow([f"{scores[i]:.4f}", *(f"{c[i]:.6g}" for c in costs.values()), space.form_name(config), *bits])
+        value = f"{scores[i]:.4f}" if score is None else f"{-scores[i]:.6g}"
+        writer.writerow([value, *(f"{c[i]:.6g}" for c in costs.values()), space.form_name(config), *bits])
     atomic_write_text(path, buffer.getvalue())
 
 
@@ -119,7 +140,16 @@ Points = tuple[NDArray[Any], NDArray[Any]]
 _AXES = {"bits": (1.0, "mean bits"), "bytes": (1024.0, "model size [KiB]"), "bitops": (1e6, "MBitOps")}
 
 
-def plot_front(front: Points, uniform: Points, chosen: tuple[float, float], cost: CostModel, path: Path) -> Path:
+def plot_front(
+    front: Points,
+    uniform: Points,
+    chosen: tuple[float, float],
+    cost: CostModel,
+    path: Path,
+    *,
+    score: str | None = None,
+    genetic: Points | None = None,
+) -> Path:
     """Predicted accuracy against cost: the front, the uniform configs, the chosen one.
 
     Args:
@@ -127,15 +157,30 @@ def plot_front(front: Points, uniform: Points, chosen: tuple[float, float], cost
         chosen: the same of the result.
         cost: names the axis.
         path: of the picture.
+        score: name of an additive score; then `front` is exact, and all values are negative losses, drawn on a logarithmic axis.
+        genetic: the front that the genetic search found on that score.
     """
     unit, label = _AXES[cost.unit]
     figure, axis = _figure()
-    axis.plot(front[0] / unit, front[1], "-o", ms=3, color=WEIGHT_COLOR, label="Pareto front (predicted)")
-    axis.plot(uniform[0] / unit, uniform[1], "x", color=UNIFORM_COLOR, label="uniform configs (predicted)")
-    axis.plot([chosen[0] / unit], [chosen[1]], "*", ms=14, color=CHOSEN_COLOR, label="chosen (predicted)")
+
+    def draw(points: tuple[Any, Any], *style: str, **options: Any) -> None:
+        values = np.asarray(points[1]) if score is None else -np.asarray(points[1])
+        axis.plot(np.asarray(points[0]) / unit, values, *style, **options)
+
+    kind = "predicted" if score is None else "exact"
+    draw(front, "-o", ms=3, color=WEIGHT_COLOR, label=f"Pareto front ({kind})")
+    if genetic is not None:
+        draw(genetic, ".", ms=4, color=ACT_COLOR, label="Pareto front (NSGA-II)")
+    note = " (predicted)" if score is None else ""
+    draw(uniform, "x", color=UNIFORM_COLOR, label=f"uniform configs{note}")
+    draw(([chosen[0]], [chosen[1]]), "*", ms=14, color=CHOSEN_COLOR, label=f"chosen{note}")
     axis.set_xlabel(label)
-    axis.set_ylabel("predicted validation accuracy [%]")
-    axis.legend(fontsize=8, loc="lower right")
+    if score is None:
+        axis.set_ylabel("predicted validation accuracy [%]")
+    else:
+        axis.set_yscale("log")
+        axis.set_ylabel(f"{score} loss")
+    axis.legend(fontsize=8, loc="lower right" if score is None else "upper right")
     return _save(figure, path)
 
 

@@ -1,0 +1,111 @@
+"""Searching on additive scores from the command line: methods, gaps, fronts, bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_commands import FAST, call, one_sentence, run  # noqa: F401
+
+from eqnet.run import Run
+from eqnet.scoring.sensitivity import Sensitivity
+from eqnet.search.exact import METHODS, choose_method
+from eqnet.space import QuantFormat
+
+QUICK = [*FAST, "search.score_images=16"]
+
+
+def test_integer_programming_plans_without_table_or_predictor(call, run: Path) -> None:  # noqa: F811
+    code, out, err = call("search", "--budget", "w=4,a=5", "--method", "ilp", "--score", "fisher", "--run", run, *QUICK)
+    assert code == 0, err
+    assert re.search(r"smallest fisher loss within the budget: [0-9.e-]+, proven in", out)
+    folder = run / "search" / "w4-a5-ilp-fisher"
+    assert {p.name for p in folder.iterdir()} == {"subnet.json", "subnet.safetensors", "sensitivity.json", "bits.png"}
+    assert not (run / "table").exists()
+    subnet = json.loads((folder / "subnet.json").read_text())
+    assert (subnet["method"], subnet["score"], subnet["gap"]) == ("ilp", "fisher", 0.0)
+    assert subnet["cost"]["w"] <= 4
+    assert subnet["cost"]["a"] <= 5
+    searched = subnet["best_searched"]
+    assert searched["accuracy"]["predicted"] == pytest.approx(-subnet["optimum"], rel=1e-9)
+    assert searched["accuracy"]["predicted"] >= subnet["best_uniform"]["accuracy"]["predicted"]
+    rows = json.loads((folder / "sensitivity.json").read_text())["table"]
+    assert len(rows) == sum(len(g.formats) for g in Run.open(run).load_supernet()[0].space.genes)
+
+
+def test_the_genetic_search_prints_its_gap(call, run: Path) -> None:  # noqa: F811
+    arguments = ["--budget", "4", "--score", "squared_error", "--form", "channel-sym-asym", "--run", run, *QUICK]
+    code, out, err = call("search", *arguments, "search.generations=40")
+    assert code == 0, err
+    gap = float(re.search(r"optimality gap of the genetic search: ([0-9.e-]+) %", out)[1])
+    assert 0 <= gap < 5
+    subnet = json.loads((run / "search" / "w4-a4-channel-sym-asym-genetic-squared_error" / "subnet.json").read_text())
+    assert 100 * subnet["gap"] == pytest.approx(gap, rel=0.01, abs=1e-9)
+
+
+@pytest.mark.parametrize("method", ["lcpaq", "hawq-v2", "hawq-v3"])
+def test_named_methods(method: str, call, run: Path) -> None:  # noqa: F811
+    code, out, err = call(
+        "search", "--budget", "bitops=1G", "--method", method, "--form", "tensor-sym-sym", "--run", run, *QUICK
+    )
+    assert code == 0, err
+    folder = run / "search" / f"bitops1G-tensor-sym-sym-{method}-hessian"
+    layers = json.loads((folder / "subnet.json").read_text())["best_searched"]["layers"]
+    facts = json.loads((folder / "sensitivity.json").read_text())["facts"]
+    assert set(facts) == {"trace_per_element", "standard_error", "products"}
+    if method == "hawq-v3":
+        assert all(c["weight"]["bits"] == c["act"]["bits"] for c in layers.values())
+        assert {c["weight"]["bits"] for c in layers.values()} <= {4, 8}
+        return
+    assert np.asarray(Image.open(folder / "pareto.png")).std() > 5
+    header, *rows = (folder / "pareto.csv").read_text().splitlines()
+    assert header.startswith("hessian loss,w,a,size,bitops,form")
+    losses, costs = ([float(row.split(",")[i]) for row in rows] for i in (0, 4))
+    assert losses == sorted(losses, reverse=True)
+    assert costs == sorted(costs)
+    assert "exact front:" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "ilp"], "--method ilp needs --score, one of squared_error"),
+        (["--method", "ilp", "--score", "hesian"], "unknown score 'hesian'; the scores are"),
+        (["--method", "lcpaq", "--score", "kl"], "--method lcpaq scores with hessian; use --method ilp --score kl"),
+        (["--method", "ilp", "--score", "kl", "--budget", "1.5"], "cannot be met: the smallest reachable is w="),
+        (["--method", "ilp", "--score", "kl", "--budget", "-3"], "not a positive finite number"),
+        (["--method", "ilp", "--score", "kl", "search.score_images=0"], "score_images"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments: list[str], message: str, call, run: Path) -> None:  # noqa: F811
+    before = sorted(run.rglob("*"))
+    budget = [] if "--budget" in arguments else ["--budget", "4"]
+    code, _, err = call("search", *budget, *arguments, "--run", run)
+    assert code == 2
+    assert message in one_sentence(err)
+    assert sorted(run.rglob("*")) == before
+
+
+def test_every_method_that_has_a_score_names_a_registered_one() -> None:
+    for name, method in METHODS.items():
+        if method.score is not None:
+            assert choose_method(name, None) == (method, method.score)
+    with pytest.raises(ValueError, match="unknown method 'hawq'"):
+        choose_method("hawq", None)
+
+
+def test_a_method_needs_its_bit_widths(run: Path) -> None:  # noqa: F811
+    space = Run.open(run).load_supernet()[0].space
+    tables = {
+        (layer.name, slot): dict.fromkeys(space.choices(layer.name, slot), 1.0)
+        for layer in space.layers
+        for slot in ("weight", "act")
+    }
+    low = space.restrict(lambda layer, slot, fmt: layer.name in space.fixed or fmt.bits == 2)
+    with pytest.raises(ValueError, match="has no format that this method chooses among \\(4 or 8 bits"):
+        METHODS["hawq-v3"].loss(Sensitivity("kl", tables), low)
+    assert QuantFormat(2) in low.choices(low.groups[1][0], "weight")
