@@ -168,7 +168,8 @@ def plot_front(
         axis.plot(np.asarray(points[0]) / unit, values, *style, **options)
 
     kind = "predicted" if score is None else "exact"
-    draw(front, "-o", ms=3, color=WEIGHT_COLOR, label=f"Pareto front ({kind})")
+    style = "-o" if score is None else "o"  # between exact points nothing is known
+    draw(front, style, ms=3 if score is None else 5, color=WEIGHT_COLOR, label=f"Pareto front ({kind})")
     if genetic is not None:
         draw(genetic, ".", ms=4, color=ACT_COLOR, label="Pareto front (NSGA-II)")
     note = " (predicted)" if score is None else ""
