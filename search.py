@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from rich.console import Console
 
+from eqnet.checkpoint import write_json
 from eqnet.command import make_console, progress_bar, run_command, start_cpu_processes
 from eqnet.data import DataSplits
 from eqnet.report import comparison_table, plot_bits, plot_front, plot_predictor, write_front

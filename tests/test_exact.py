@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_commands import FAST, call, one_sentence, run  # noqa: F401
+from test_commands import FAST, one_sentence, run  # noqa: F401
 
 from eqnet.run import Run
 from eqnet.scoring.sensitivity import Sensitivity
