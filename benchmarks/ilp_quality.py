@@ -1,0 +1,150 @@
+"""What additive scores are worth: ranking and accuracy after training, gap of the genetic search, time of a whole plan.
+
+    python -m benchmarks.ilp_quality --run runs/ptq [--scores NAME ...] [--configs 200] [--json FILE] [--plan-images 64]
+
+`--run` is the folder of a run, e.g. of `train.py train.epochs=0` (post-training). Prints
+
+- Spearman between the negative loss of each score and measured validation accuracy over random configs, with a bootstrap interval;
+- test accuracy of the exact plan of each score at three sizes, and of the best uniform config within them (by validation);
+- the gap of the genetic search to the exact optimum of one score at five budgets;
+- CPU seconds to calibrate, score every format of one form and solve, for ResNet-18 at 224 px (random weights and images: times
+  do not depend on them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from scipy.stats import spearmanr
+
+from benchmarks.tables import show
+from eqnet.checkpoint import write_json
+from eqnet.nn.supernet import Supernet
+from eqnet.run import Run, open_data
+from eqnet.scoring.evaluation import AccuracyTable, Evaluator, build_table
+from eqnet.scoring.scores import SCORES
+from eqnet.scoring.sensitivity import Sensitivity
+from eqnet.search import exact_search, genetic_search
+from eqnet.search.exact import METHODS, SCORE_BATCH, planned_search, score_batches, score_formats
+from eqnet.space import Budget, Form
+
+FORM = Form.parse("channel-sym-asym")
+SIZES = (3.0, 4.0, 5.0)  # uniform bits whose model size is the budget
+BUDGETS = ("3", "4", "5", "w=4,a=6", "w=3,a=8")
+
+
+def ranking(sensitivity: Sensitivity, evaluator: Evaluator, table: AccuracyTable) -> dict[str, Any]:
+    """Spearman over the table, and its 95 % interval over 1000 bootstrap samples of configs."""
+    score = -sensitivity.loss(evaluator.supernet.space)(table.genomes)
+    rng = np.random.default_rng(0)
+    draws = [rng.integers(len(table), size=len(table)) for _ in range(1000)]
+    samples = [spearmanr(score[i], table.accuracy[i]).statistic for i in draws]
+    return {
+        "Spearman": float(spearmanr(score, table.accuracy).statistic),
+        "95 %": [float(q) for q in np.nanquantile(samples, (0.025, 0.975))],
+    }
+
+
+def accuracies(sensitivity: Sensitivity, evaluator: Evaluator, run: Run, accelerator: Accelerator) -> dict[str, float]:
+    """Test accuracy in percent of the exact plan at three sizes; and of the best uniform config there."""
+    space, row = evaluator.supernet.space, {}
+    for bits in SIZES:
+        budget = Budget.parse(f"w={bits:g},a={bits:g}").bind(space)
+        s = run.settings
+        found = planned_search(METHODS["ilp"], sensitivity, budget, evaluator, s.search, s.seed, accelerator).found
+        plans = {"plan": found.searched[0], "uniform": found.uniform[0]}
+        tests = evaluator.measure_all([c.config for c in plans.values()], ["test"], accelerator)[:, 0]
+        row |= {f"{name} {bits:g} bit, %": float(test) for name, test in zip(plans, tests, strict=True)}
+    return row
+
+
+def gaps(sensitivity: Sensitivity, evaluator: Evaluator, run: Run) -> dict[str, Any]:
+    """Loss of the genetic search above the exact optimum in percent, and seconds of both, by budget."""
+    space, s, rows = evaluator.supernet.space, run.settings.search, {}
+    loss = sensitivity.loss(space)
+    for text in BUDGETS:
+        budget = Budget.parse(text).bind(space)
+        exact = exact_search(loss, budget.costs, budget.limits, forms=space.forms)
+        start = time.perf_counter()
+        found = genetic_search(
+            space,
+            lambda genomes: -loss(genomes),
+            budget,
+            seed=run.settings.seed,
+            population=s.population,
+            generations=s.generations,
+            mutation_probability=s.mutation_probability,
+        )
+        seconds = time.perf_counter() - start
+        gap = 100 * (-float(found.scores[0]) / exact.loss - 1)
+        rows[text] = {"gap, %": gap, "genetic, s": seconds, "exact, s": exact.seconds}
+    return rows
+
+
+def plan_seconds(images: int, size: int, scores: list[str]) -> dict[str, Any]:
+    """CPU seconds of all threads for each part of a plan of ResNet-18."""
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.randn(images, 3, size, size, generator=rng), torch.randint(0, 1000, (images,), generator=rng)
+    supernet = Supernet.from_model(
+        timm.create_model("resnet18"), (3, size, size), granularity=["channel"], symmetric=[True, False]
+    )
+    space = supernet.space.restrict_form(FORM)
+    parts = list(zip(x.split(SCORE_BATCH), y.split(SCORE_BATCH), strict=True))
+    start = time.process_time()
+    supernet.calibrate([images for images, _ in parts])
+    calibrated = time.process_time()
+    rows = {}
+    for name in scores:
+        begin = time.process_time()
+        loss = SCORES[name](supernet, space, parts, Accelerator(cpu=True), lambda: None).loss(space)
+        scored = time.process_time()
+        budget = Budget.parse("w=4,a=6").bind(space)
+        exact_search(loss, budget.costs, budget.limits)
+        row = {"calibrate": calibrated - start, "score": scored - begin, "solve": time.process_time() - scored}
+        rows[name] = row | {"total": sum(row.values())}
+    return rows
+
+
+def main() -> None:
+    """Prints the tables, writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--scores", nargs="+", choices=SCORES, default=list(SCORES))
+    parser.add_argument("--configs", type=int, default=200)
+    parser.add_argument("--plan-images", type=int, default=64)
+    parser.add_argument("--plan-size", type=int, default=224)
+    parser.add_argument("--plan-scores", nargs="+", choices=SCORES, default=["fisher", "gradient"])
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    console, accelerator = Console(width=200, highlight=False), Accelerator()
+    run = Run.open(arguments.run)
+    supernet, _ = run.load_supernet()
+    data = open_data(run)
+    evaluator = Evaluator.from_data(supernet.to(accelerator.device), data, run.settings, accelerator.device)
+    table = build_table(evaluator, run.path / "table", arguments.configs, run.settings.seed, accelerator)
+    batches = score_batches(data, run.settings, accelerator.device)
+    scores: dict[str, Any] = {}
+    for name in arguments.scores:
+        start = time.perf_counter()
+        found = score_formats(name, evaluator, supernet.space, batches, accelerator, lambda: None)
+        row: dict[str, Any] = {"seconds": time.perf_counter() - start, **ranking(found, evaluator, table)}
+        scores[name] = row | accuracies(found, evaluator, run, accelerator)
+        if name == arguments.scores[0]:
+            gap = gaps(found, evaluator, run)
+    plan = plan_seconds(arguments.plan_images, arguments.plan_size, arguments.plan_scores)
+    rows = {"scores": scores, f"genetic search on {arguments.scores[0]}": gap, "plan of ResNet-18, CPU seconds": plan}
+    show(console, f"{run.path.name}, {len(table)} configs", rows)
+    if arguments.json is not None:
+        write_json(arguments.json, rows)
+
+
+if __name__ == "__main__":
+    main()
