@@ -20,7 +20,7 @@ from eqnet.data import DataSplits
 from eqnet.nn.supernet import Supernet
 from eqnet.report import plot_uniform, uniform_table
 from eqnet.run import Run, create_float_model, open_data, versions
-from eqnet.scoring.evaluation import Evaluator, accuracy, evaluate_uniform
+from eqnet.scoring.evaluation import Evaluator, accuracy, evaluate_uniform, uniform_configs
 from eqnet.settings import Settings, load_settings
 from eqnet.subnet import describe_subnet, save_subnet
 from eqnet.tracking import Tracker
@@ -148,8 +148,7 @@ def evaluate_supernet(
     console: Console,
 ) -> dict[str, Any]:
     """Every uniform bit-width in every form."""
-    space = evaluator.supernet.space
-    total = len(space.forms) * len(space.uniform_bits)
+    total = len(uniform_configs(evaluator.supernet.space))
     with progress_bar(console, "evaluating uniform bit-widths", -(-total // accelerator.num_processes)) as advance:
         results = evaluate_uniform(evaluator, SPLITS, accelerator, advance)
     if not accelerator.is_main_process:

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from eqnet.checkpoint import atomic_write_text
 from eqnet.scoring.evaluation import UniformAccuracy
-from eqnet.space import COSTS, CostModel, Genomes, QuantConfig, QuantSpace
+from eqnet.space import CostModel, Genomes, QuantConfig, QuantSpace
+from eqnet.space.cost import Costs
 
 WEIGHT_COLOR, ACT_COLOR, UNIFORM_COLOR, CHOSEN_COLOR = "#1f5fa8", "#e08a1e", "#7a7a7a", "#c0392b"
 
@@ -62,7 +63,7 @@ def uniform_table(results: Sequence[UniformAccuracy], split: str, float_accuracy
 
 
 def comparison_table(
-    columns: Mapping[str, Mapping[str, Any] | None], space: QuantSpace, score: str | None = None
+    columns: Mapping[str, Mapping[str, Any] | None], space: QuantSpace, costs: Costs, score: str | None = None
 ) -> Table:
     """The searched config beside the best uniform one within the budget: accuracies in percent and every cost.
 
@@ -80,27 +81,28 @@ def comparison_table(
     if score is not None:
         table.add_row(f"{score} loss", *(f"{-entry['accuracy']['predicted']:.4g}" for entry in found))
     titles = {"w": "mean weight bits", "a": "mean activation bits", "size": "model size", "bitops": "BitOps"}
-    for name, build in COSTS.items():
+    titles["latency"] = "latency"
+    for name, build in costs.items():
         table.add_row(titles[name], *(build(space).format(entry["cost"][name]) for entry in found))
     return table
 
 
 def write_front(
-    genomes: Genomes, scores: NDArray[Any], space: QuantSpace, path: Path, score: str | None = None
+    genomes: Genomes, scores: NDArray[Any], space: QuantSpace, costs: Costs, path: Path, score: str | None = None
 ) -> None:
     """A Pareto front as CSV: predicted accuracy, every cost, the form, then weight and activation bits of each layer.
 
     With the name of an additive score, the first column is its loss, the negative of `scores`.
     """
     configs = [space.decode(g) for g in genomes]
-    costs = {name: build(space)(genomes) for name, build in COSTS.items()}
+    values = {name: build(space)(genomes) for name, build in costs.items()}
     names = [layer.name for layer in space.layers]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(
         [
             "predicted" if score is None else f"{score} loss",
-            *costs,
+            *values,
             "form",
             *(f"{n}.weight" for n in names),
             *(f"{n}.act" for n in names),
@@ -110,7 +112,7 @@ def write_front(
         acts = [config[n].act for n in names]
         bits = [*(config[n].weight.bits for n in names), *("float" if a is None else a.bits for a in acts)]
         value = f"{scores[i]:.4f}" if score is None else f"{-scores[i]:.6g}"
-        writer.writerow([value, *(f"{c[i]:.6g}" for c in costs.values()), space.form_name(config), *bits])
+        writer.writerow([value, *(f"{c[i]:.6g}" for c in values.values()), space.form_name(config), *bits])
     atomic_write_text(path, buffer.getvalue())
 
 
@@ -137,7 +139,12 @@ def plot_uniform(results: Sequence[UniformAccuracy], split: str, float_accuracy:
 
 
 Points = tuple[NDArray[Any], NDArray[Any]]
-_AXES = {"bits": (1.0, "mean bits"), "bytes": (1024.0, "model size [KiB]"), "bitops": (1e6, "MBitOps")}
+_AXES = {
+    "bits": (1.0, "mean bits"),
+    "bytes": (1024.0, "model size [KiB]"),
+    "bitops": (1e6, "MBitOps"),
+    "ms": (1.0, "latency [ms]"),
+}
 
 
 def plot_front(

@@ -1,7 +1,7 @@
 """The folder of a run: settings, data split, checkpoints, the trained supernet, and everything later built from it.
 
     runs/<name>/  settings.yaml  split.json  metrics.jsonl  float.safetensors  supernet.safetensors  supernet.json
-                  checkpoints/<phase>-<step>/   evaluation.json|png   table/  predictor.*  search/<budget>/
+                  checkpoints/<phase>-<step>/   evaluation.json|png   table/  predictor.*  search/<budget>/  latency/<target>.json
 
 A checkpoint folder appears by one rename when it is complete, and carries the checksum of each file, so a cut-off or
 damaged one is never taken for a good one. Nothing that exists is overwritten by another run.
@@ -36,8 +36,9 @@ from eqnet.checkpoint import (
 )
 from eqnet.data import DataSplits, load_data
 from eqnet.nn.supernet import Supernet
-from eqnet.settings import ModelSettings, Settings, dump_settings, load_settings
-from eqnet.space import QuantSpace
+from eqnet.settings import ModelSettings, Settings, SpaceSettings, dump_settings, load_settings
+from eqnet.space import LayerInfo, QuantFormat, QuantSpace, Slot
+from eqnet.space.hardware import load_target
 
 PHASES = ("pretrain", "supernet")
 KEPT_CHECKPOINTS = 2
@@ -138,9 +139,9 @@ class Run:
                 )
         return run
 
-    def new_search_folder(self, budget: str, form: str | None) -> Path:
+    def new_search_folder(self, budget: str, target: str | None, form: str | None) -> Path:
         """A new folder below `search/`; earlier results stay."""
-        stem = budget.replace("=", "").replace(",", "-") + (f"-{form}" if form else "")
+        stem = "-".join(part for part in (budget.replace("=", "").replace(",", "-"), target, form) if part)
         for number in range(1, 10_000):
             folder = self.path / "search" / (stem if number == 1 else f"{stem}-{number}")
             try:
@@ -292,6 +293,33 @@ def create_float_model(settings: ModelSettings, num_classes: int, in_chans: int,
         source = Path(settings.weights)
         load_float_weights(model, source / "float.safetensors" if source.is_dir() else source)
     return model
+
+
+def target_spaces(space: QuantSpace, targets: Sequence[str]) -> list[QuantSpace]:
+    """What each of the targets `space.targets` of the settings runs of a space.
+
+    Raises:
+        ValueError: an unknown target, or one that runs nothing of some layer.
+    """
+    try:
+        return [load_target(name).restrict(space) for name in dict.fromkeys(targets)]
+    except ValueError as error:
+        raise ValueError(f"space.targets: {error}") from error
+
+
+def training_space(settings: SpaceSettings, layers: Sequence[LayerInfo], float_numel: int) -> QuantSpace:
+    """The space of the settings; with targets, the formats that at least one of them runs.
+
+    Raises:
+        ValueError: empty choices, unknown layers, and as `target_spaces`.
+    """
+    space = QuantSpace.from_layers(layers, **settings.model_dump(exclude={"targets"}), float_numel=float_numel)
+    parts = target_spaces(space, settings.targets)
+
+    def runs_somewhere(layer: LayerInfo, slot: Slot, fmt: QuantFormat) -> bool:
+        return any(fmt in part.choices(layer.name, slot) for part in parts)
+
+    return space.restrict(runs_somewhere) if parts else space
 
 
 def versions() -> dict[str, str]:

@@ -67,6 +67,7 @@ class SpaceSettings(_Section):
     granularity: list[Granularity] = Field(default_factory=lambda: list[Granularity](("tensor", "channel")))
     fixed: Literal["first_last_8bit", "none"] = "first_last_8bit"
     ties: list[list[str]] = Field(default_factory=list)  # groups of layers that share their formats
+    targets: list[str] = Field(default_factory=list)  # hardware targets, one of which must run each sampled subnet
 
     @model_validator(mode="after")
     def _check(self) -> SpaceSettings:

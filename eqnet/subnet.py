@@ -15,6 +15,7 @@ from torch import Tensor
 from eqnet.checkpoint import read_json, save_tensors, write_json
 from eqnet.nn.supernet import Supernet
 from eqnet.space import COSTS, QuantConfig, QuantSpace
+from eqnet.space.cost import Costs
 
 
 def read_subnet(path: str | Path, space: QuantSpace) -> QuantConfig:
@@ -34,12 +35,14 @@ def read_subnet(path: str | Path, space: QuantSpace) -> QuantConfig:
     return config
 
 
-def describe_subnet(config: QuantConfig, space: QuantSpace, accuracy: Mapping[str, float]) -> dict[str, Any]:
+def describe_subnet(
+    config: QuantConfig, space: QuantSpace, accuracy: Mapping[str, float], costs: Costs = COSTS
+) -> dict[str, Any]:
     """What a `subnet.json` says about a config: form, every cost, the given accuracies in percent, and layers."""
     genomes = space.encode_all([config])
     return {
         "form": space.form_name(config),
-        "cost": {name: float(build(space)(genomes)[0]) for name, build in COSTS.items()},
+        "cost": {name: float(build(space)(genomes)[0]) for name, build in costs.items()},
         "accuracy": dict(accuracy),
         "layers": config.to_json(),
     }

@@ -248,3 +248,47 @@ def test_foreign_forms_are_refused():
         sampler.sample(np.random.default_rng(0), 3, forms=[Form.parse("tensor-asym-asym")])
     with pytest.raises(ValueError, match="empty"):
         sampler.sample(np.random.default_rng(0), 3, forms=[])
+
+
+# -- restrictions -----------------------------------------------------------------------------------------------------
+
+
+def parts_of(space: QuantSpace) -> list[QuantSpace]:
+    """Two devices: 8-bit inputs with any symmetric weight, and 4-bit weights with any input."""
+    return [
+        space.restrict(lambda _, slot, fmt: fmt.symmetric if slot == "weight" else fmt.bits == 8),
+        space.restrict(lambda layer, slot, fmt: slot == "act" or fmt.bits == (8 if layer.name in ENDS else 4)),
+    ]
+
+
+@pytest.mark.parametrize("form_per", ["layer", "net"])
+def test_each_subnet_of_a_sandwich_lies_in_one_restriction_and_at_its_ends(form_per: str):
+    space = make_space()
+    parts = parts_of(space)
+    sampler, rng = SandwichSampler(space, 1, form_per, parts), np.random.default_rng(0)
+    seen: dict[str, set[tuple[int, ...]]] = {"largest": set(), "random": set(), "smallest": set()}
+
+    def bits(config: QuantConfig) -> tuple[float, float]:
+        return float(weight_bits(space).of(config)), float(act_bits(space).of(config))
+
+    ends = [{which: bits(getattr(part, which)()) for which in ("largest", "smallest")} for part in parts]
+    for _ in range(60):
+        for role, config in zip(seen, sampler.sample(rng), strict=True):
+            inside = []
+            for i, part in enumerate(parts):
+                try:
+                    part.check(config)
+                except ValueError:
+                    continue
+                inside.append(i)
+            assert inside
+            if role != "random":
+                assert bits(config) in [ends[i][role] for i in inside]
+            seen[role].update(i for i in inside if len(inside) == 1)
+    assert seen == {"largest": {0, 1}, "random": {0, 1}, "smallest": {0, 1}}
+
+
+def test_one_restriction_to_everything_is_no_restriction():
+    space = make_space()
+    plain, within = SandwichSampler(space, 2), SandwichSampler(space, 2, within=[space])
+    assert plain.sample(np.random.default_rng(5)) == within.sample(np.random.default_rng(5))

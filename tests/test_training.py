@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 import eqnet.nn.models  # noqa: F401
 from eqnet.nn.supernet import Supernet
-from eqnet.settings import TrainSettings
+from eqnet.run import target_spaces, training_space
+from eqnet.settings import SpaceSettings, TrainSettings, load_settings
 from eqnet.space import QuantConfig, QuantSpace, SandwichSampler
+from eqnet.space.hardware import load_target
 from eqnet.training.loop import step_configs
 from eqnet.training.losses import weight_distribution_loss
 from eqnet.training.step import regularised_weights, subnet_roles, supernet_step
@@ -355,3 +357,31 @@ def test_the_cifar_resnets_train_in_bfloat16() -> None:
     )
     assert all(torch.isfinite(v) for v in parts.values())
     assert all(torch.isfinite(p.grad).all() for p in supernet.parameters() if p.grad is not None)
+
+
+# -- targets ----------------------------------------------------------------------------------------------------------
+
+
+def test_with_targets_the_space_is_their_union_and_every_subnet_runs_on_one() -> None:
+    layers = make_supernet().space.layers
+    names = ["tensorrt", "openvino-cpu"]
+    settings = load_settings([f"space.targets=[{', '.join(names)}]"]).space
+    space = training_space(settings, layers, 0)
+    parts = target_spaces(space, names)
+    targets = [load_target(name) for name in names]
+    for gene in space.genes:
+        info = space.info(gene.layers[0])
+        assert all(any(t.allows(info, gene.slot, fmt) is None for t in targets) for fmt in gene.formats)
+    assert parts == [target.restrict(training_space(SpaceSettings(), layers, 0)) for target in targets]
+    sampler = SandwichSampler(space, 2, within=parts)
+    for step in range(10):
+        configs = step_configs(sampler, 7, step)
+        assert configs == step_configs(SandwichSampler(space, 2, within=parts), 7, step), "a resumed run draws the same"
+        assert all(any(target.check(config, layers) == [] for target in targets) for config in configs)
+
+
+def test_an_unknown_target_is_one_sentence_with_the_nearest_name(tmp_path: Path) -> None:
+    done = train(tmp_path / "run", *TINY, "space.targets=[tensort]")
+    assert done.returncode == 2
+    assert "space.targets: unknown target 'tensort'; did you mean 'tensorrt'?" in done.stderr
+    assert not (tmp_path / "run").exists()

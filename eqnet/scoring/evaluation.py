@@ -85,6 +85,11 @@ class Evaluator:
         wanted = integer == "on" or (integer == "auto" and on_cpu and kernels_available())
         self._integer = IntegerSupernet(supernet) if wanted else None
 
+    def of(self, supernet: Supernet) -> Evaluator:
+        """An evaluator of another supernet of the same model, on the same images and in the same arithmetic."""
+        integer: Integer = "off" if self._integer is None else "on"
+        return Evaluator(supernet, self.bn_batches, self.splits, integer)
+
     @property
     def arithmetic(self) -> Literal["integer", "simulation"]:
         """What runs the configs on all but the test split."""
@@ -162,8 +167,12 @@ class UniformAccuracy:
 
 
 def uniform_configs(space: QuantSpace) -> list[tuple[int, Form, QuantConfig]]:
-    """Every uniform bit-width in every form of the space: 7 x 8 = 56 for the full space."""
-    return [(bits, form, space.uniform(bits, form)) for form in space.forms for bits in space.uniform_bits]
+    """(weight bits, form, config) of every uniform bit-width in every form of the space: 7 x 8 = 56 for the full space.
+
+    See `QuantSpace.uniform_pairs` for spaces whose weights and activations have different bits.
+    """
+    pairs = [(form, weight, act) for form in space.forms for weight, act in space.uniform_pairs(form)]
+    return [(weight, form, space.uniform(weight, form, act)) for form, weight, act in pairs]
 
 
 def evaluate_uniform(

@@ -16,6 +16,7 @@ Shape legend: `N` configs, `G` genes, `I` inputs of the networks.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -97,6 +98,7 @@ class AccuracyPredictor:
         self.space = space
         self.recipe = recipe or PredictorRecipe()
         self.metrics: dict[str, float] = {}
+        self.fingerprint = ""  # of the table, the recipe and the seed of the last `fit`
         self.held_out: HeldOut | None = None
         self._ensemble: Ensemble | None = None
         self._folded: FoldedEnsemble | None = None
@@ -127,7 +129,15 @@ class AccuracyPredictor:
         self.held_out = HeldOut(self._fold(ensemble).predict(genomes[held_out]), targets[held_out])
         self.metrics = rank_metrics(*self.held_out)
         self._keep(Ensemble.fit(inputs, targets, self.recipe, seed) if refit else ensemble)
+        self.fingerprint = self._fingerprint(genomes, targets, seed) if refit else ""
         return dict(self.metrics)
+
+    def _fingerprint(self, genomes: Genomes, accuracy: ArrayLike, seed: int) -> str:
+        """Of everything that a fit depends on besides the space."""
+        digest = hashlib.sha256(json.dumps([asdict(self.recipe), seed, torch.__version__]).encode())
+        digest.update(np.ascontiguousarray(genomes, np.int16).tobytes())
+        digest.update(np.asarray(accuracy, np.float64).tobytes())
+        return digest.hexdigest()
 
     def refitted(self, genomes: Genomes, accuracy: ArrayLike, *, seed: int) -> AccuracyPredictor:
         """A predictor of the same recipe and metrics, fitted on all rows of another table: half the work of `fit`.
@@ -175,6 +185,7 @@ class AccuracyPredictor:
         header = {
             "format": _FORMAT,
             "recipe": json.dumps(asdict(self.recipe)),
+            "fingerprint": self.fingerprint,
             "space": json.dumps(self.space.to_json()),
         }
         held_out = torch.from_numpy(np.stack(self.held_out))
@@ -204,6 +215,7 @@ class AccuracyPredictor:
         predictor = AccuracyPredictor(space, PredictorRecipe(**json.loads(header["recipe"])))
         predictor.held_out = HeldOut(*tensors.pop("held_out").numpy())
         predictor.metrics = rank_metrics(*predictor.held_out)
+        predictor.fingerprint = header.get("fingerprint", "")
         predictor._keep(Ensemble(tensors))
         return predictor
 
@@ -229,6 +241,34 @@ class AccuracyPredictor:
         conditions, bits = features[:, :6], features[:, 6:]
         smooth = bits.reshape(-1, len(levels)) @ basis
         return torch.cat([conditions, smooth.reshape(len(features), -1)], 1)
+
+
+def fitted_predictor(
+    space: QuantSpace, genomes: Genomes, accuracy: ArrayLike, *, seed: int, path: str | Path
+) -> tuple[AccuracyPredictor, bool]:
+    """A predictor fitted on a table: that of a file if it was fitted on the same table with the same recipe and seed.
+
+    Args:
+        space: the training space.
+        genomes, accuracy, seed: as for `AccuracyPredictor.fit`.
+        path: where `save` may have put one; a file that is missing, damaged or of another table means fitting. Nothing is
+            written.
+
+    Returns:
+        The predictor, and whether it was fitted anew.
+
+    Raises:
+        ValueError: as for `AccuracyPredictor.fit`.
+    """
+    predictor = AccuracyPredictor(space)
+    try:
+        stored = AccuracyPredictor.load(path, space)
+    except (ValueError, OSError, KeyError, TypeError):
+        stored = predictor
+    if stored.recipe == predictor.recipe and stored.fingerprint == predictor._fingerprint(genomes, accuracy, seed):
+        return stored, False
+    predictor.fit(genomes, accuracy, seed=seed)
+    return predictor, True
 
 
 def table_size_curve(

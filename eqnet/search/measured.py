@@ -20,6 +20,7 @@ from eqnet.scoring.predictor import AccuracyPredictor
 from eqnet.search.genetic import genetic_search
 from eqnet.settings import SearchSettings
 from eqnet.space import BoundBudget, Genomes, QuantConfig, QuantSpace
+from eqnet.space.cost import Costs
 from eqnet.subnet import describe_subnet
 
 Advance = Callable[[], None]
@@ -33,10 +34,10 @@ class Candidate:
     predicted: float
     validation: float
 
-    def to_json(self, space: QuantSpace, test: float) -> dict[str, Any]:
+    def to_json(self, space: QuantSpace, costs: Costs, test: float) -> dict[str, Any]:
         """Form, every cost, accuracies and layers of a config whose test accuracy is `test` percent."""
         accuracy = {"predicted": self.predicted, "validation": self.validation, "test": test}
-        return describe_subnet(self.config, space, accuracy)
+        return describe_subnet(self.config, space, accuracy, costs)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def measured_search(
         budget: hard limits, bound to `space`.
         table: what the predictor was fitted on.
         predictor: fitted on `table` alone; predicts the uniform configs and the first round.
-        evaluator: measures on validation.
+        evaluator: measures on validation; of the supernet specialized to the target that `space` is for.
         settings: sizes of the search.
         seed: the same seed and the same measurements give the same result.
         accelerator: measurements are shared by its processes.

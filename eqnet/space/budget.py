@@ -10,14 +10,13 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eqnet.space.cost import COSTS, CostModel, CostTable, Floats
+from eqnet.space.cost import COSTS, CostModel, Costs, CostTable, Floats
 from eqnet.space.qconfig import Form
 from eqnet.space.space import Genomes, QuantSpace
 from eqnet.space.steps import Steps
@@ -117,7 +116,7 @@ class Budget:
         self,
         space: QuantSpace,
         band: float | None = None,
-        costs: Mapping[str, Callable[[QuantSpace], CostModel]] = COSTS,
+        costs: Costs = COSTS,
     ) -> BoundBudget:
         """The budget on one space.
 

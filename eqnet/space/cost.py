@@ -11,7 +11,7 @@ Shape legend: `N` configs, `G` genes, `L` layers, `Q` tied groups, `C` costs of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from eqnet.space.qconfig import LayerInfo, QuantConfig, QuantFormat
 from eqnet.space.space import Genomes, QuantSpace, Slot
 
 Floats = NDArray[np.float64]
+Costs = Mapping[str, "Callable[[QuantSpace], CostModel]"]  # what the names of limits mean
 FLOAT_BITS = 32
 _CHUNK = 1024  # rows per gather, so that the working set stays in the cache
 

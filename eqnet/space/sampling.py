@@ -34,13 +34,21 @@ _CHUNK = 2048  # configs per block of probabilities
 class SandwichSampler:
     """Largest, random and smallest subnets, in the order of one training step."""
 
-    def __init__(self, space: QuantSpace, num_random: int = 1, form_per: Literal["layer", "net"] = "layer") -> None:
+    def __init__(
+        self,
+        space: QuantSpace,
+        num_random: int = 1,
+        form_per: Literal["layer", "net"] = "layer",
+        within: Sequence[QuantSpace] = (),
+    ) -> None:
         """Chooses what to draw.
 
         Args:
             space: the training space; layers it fixes stay fixed.
             num_random: random subnets between the largest and the smallest.
             form_per: draw granularity and symmetries for each "layer" on its own (the paper), or once for each "net".
+            within: restrictions of the space, such as those to hardware targets. Each subnet lies in one of them, drawn
+                anew; its largest and smallest are those of that restriction. None: the whole space.
 
         Raises:
             ValueError: a negative count, an unknown `form_per`, or "net" in a space whose layers share no form.
@@ -49,18 +57,30 @@ class SandwichSampler:
             raise ValueError(f"num_random must not be negative; got {num_random}.")
         if form_per not in ("layer", "net"):
             raise ValueError(f"form_per must be 'layer' or 'net'; got {form_per!r}.")
-        if form_per == "net" and not space.forms:
+        if form_per == "net" and not all(part.forms for part in within or (space,)):
             raise ValueError("no form is shared by all layers of the space; use form_per='layer'.")
         self.space, self.num_random = space, num_random
-        forms: Sequence[Form | None] = space.forms if form_per == "net" else (None,)
-        self._allowed = [space.formats_in(form) for form in forms]
+        self._allowed = [self._masks(part, form_per) for part in within or (space,)]
+
+    def _masks(self, part: QuantSpace, form_per: Literal["layer", "net"]) -> list[NDArray[np.bool_]]:
+        """Formats [G, F] of the space that a subnet of a part may draw from, one mask for each form it may have."""
+        forms: Sequence[Form | None] = part.forms if form_per == "net" else (None,)
+        index = self.space.translation(part)
+        masks = []
+        for form in forms:
+            mask = np.zeros(self.space.bits.shape, bool)
+            genes, formats = np.nonzero(part.formats_in(form))
+            mask[genes, index[genes, formats]] = True
+            masks.append(mask)
+        return masks
 
     def sample(self, rng: np.random.Generator) -> list[QuantConfig]:
         """`[largest, random, ..., smallest]`; random bits are uniform over the choices of each quantizer."""
         bits = self.space.bits
         configs = []
         for position in ("largest", *("random",) * self.num_random, "smallest"):
-            allowed = self._allowed[rng.integers(len(self._allowed))]
+            masks = self._allowed[rng.integers(len(self._allowed))]
+            allowed = masks[rng.integers(len(masks))]
             if position == "largest":
                 allowed = allowed & (bits == np.where(allowed, bits, 0).max(1, keepdims=True))
             elif position == "smallest":

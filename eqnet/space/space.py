@@ -397,6 +397,27 @@ class QuantSpace:
         sets = sets or [set(self.bits[g, : self.num_formats[g]].tolist()) for g in range(self.num_genes)]
         return sorted(set.intersection(*sets))
 
+    def uniform_pairs(self, form: Form) -> list[tuple[int, int]]:
+        """(weight bits, activation bits) of the uniform configs in a form, one for each width that all layers allow.
+
+        Equal bits where the space has them. Otherwise, as where activations have 8 bits only, a width is paired with the
+        next higher one of the other slot, or with its highest. Empty if some slot has no common width.
+        """
+        allowed, common = self.formats_in(form), []
+        for weights in (True, False):
+            genes = np.flatnonzero(self.is_weight == weights)
+            elastic = genes[self.elastic[genes]] if self.elastic[genes].any() else genes
+            sets = [set(self.bits[g][allowed[g]].tolist()) for g in elastic]
+            common.append(sorted(set.intersection(*sets)) if sets else None)
+        weight, act = common[0] or [], common[0] or [] if common[1] is None else common[1]
+        if not weight or not act:
+            return []
+
+        def nearest(options: list[int], bits: int) -> int:
+            return next((o for o in options if o >= bits), options[-1])
+
+        return sorted({(w, nearest(act, w)) for w in weight} | {(nearest(weight, a), a) for a in act})
+
     # -- features of the predictor ------------------------------------------------------------------------------------
 
     def features(self, genomes: Genomes) -> NDArray[np.float32]:

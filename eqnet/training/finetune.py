@@ -17,7 +17,7 @@ from torch import nn
 
 from eqnet.checkpoint import read_json, write_json
 from eqnet.nn.supernet import Supernet, count_float_numel, trace_layers
-from eqnet.run import Run
+from eqnet.run import Run, training_space
 from eqnet.settings import FINE_TUNE, Settings, load_settings
 from eqnet.space import LayerInfo, QuantConfig, QuantFormat, QuantSpace, Slot
 from eqnet.subnet import read_subnet
@@ -48,8 +48,7 @@ def build_supernet(run: Run, model: nn.Module, input_size: Sequence[int]) -> Sup
         ValueError: the space does not fit the model, or the subnet does not fit the space.
     """
     layers = trace_layers(model, input_size)
-    choices = run.settings.space.model_dump()
-    space = QuantSpace.from_layers(layers, float_numel=count_float_numel(model, layers), **choices)
+    space = training_space(run.settings.space, layers, count_float_numel(model, layers))
     if run.settings.subnet is not None:
         space = static_space(space, read_subnet(_subnet_path(run), space))
     return Supernet(model, space)

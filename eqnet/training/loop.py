@@ -33,7 +33,7 @@ from eqnet.command import Interrupted
 from eqnet.data import Batches, DataSplits, calibration_batches
 from eqnet.nn.kernels import SCALE_EPS, Kernels, choose_kernels, traced_kernels
 from eqnet.nn.supernet import Supernet, kept_batch_norm
-from eqnet.run import Checkpoint, Run, create_float_model
+from eqnet.run import Checkpoint, Run, create_float_model, target_spaces
 from eqnet.settings import Settings
 from eqnet.space import QuantConfig, SandwichSampler
 from eqnet.tracking import Tracker
@@ -180,7 +180,8 @@ class Trainer:
         prepared, optimizer = self.accelerator.prepare(wrapped, SupernetAdamW(groups))
         if ema is not None:
             self.accelerator.register_for_checkpointing(ema)
-        sampler = SandwichSampler(supernet.space, num_random=t.num_random, form_per=t.form_per)
+        parts = [] if s.subnet is not None else target_spaces(supernet.space, s.space.targets)
+        sampler = SandwichSampler(supernet.space, num_random=t.num_random, form_per=t.form_per, within=parts)
         criterion, mix = self._criterion()
         # training alone is compiled as a whole; evaluation in between runs the same modules uncompiled
         trained: Any = torch.compile(prepared) if t.compile == "network" else prepared
