@@ -169,6 +169,19 @@ def verify_file(
         raise typer.Exit(2)
 
 
+@app.command("tune")
+def tune_settings(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="the job, e.g. configs/tune/digits.yaml")],
+) -> None:
+    """Ranks candidate settings of a training by short runs, trains the best fully; a rerun continues."""
+    from eqnet.tune import TuneSettings, show, tune  # imports torch, which `targets` does not need
+
+    job, console = TuneSettings.load(file), make_console()
+    show(tune(job, console), console)
+    console.print(f"saved {job.output}/best.yaml, tune.json", soft_wrap=True)
+    console.print(f"next: python train.py {job.output}/best.yaml, with another seed=... for example", soft_wrap=True)
+
+
 def main() -> None:
     """The entry point of `eqnet`."""
     run_command(lambda: _run(sys.argv[1:] or ["--help"]))

@@ -236,8 +236,12 @@ class Run:
         return supernet.eval(), header
 
 
-def open_data(run: Run) -> DataSplits:
+def open_data(run: Run, indices: Mapping[str, Sequence[int]] | None = None) -> DataSplits:
     """The data of a run, split as stored if it has been split before, there or in the run that its subnet comes from.
+
+    Args:
+        run: its settings say which data.
+        indices: another split instead, as in `DataSplits.indices`.
 
     Raises:
         ValueError: the data cannot be read, or are not those of the run's split.
@@ -245,10 +249,10 @@ def open_data(run: Run) -> DataSplits:
     s = run.settings
     folders = [run.path, *([] if s.supernet is None else [Path(s.supernet)])]
     folder = next((f for f in folders if (f / "split.json").exists()), None)
-    stored = None if folder is None else read_json(folder / "split.json")
+    stored = None if folder is None or indices is not None else read_json(folder / "split.json")
     config = timm.models.get_pretrained_cfg(s.model.name) if timm.is_model(s.model.name) else None
     data_config = None if config is None else resolve_data_config(pretrained_cfg=config.to_dict())
-    data = load_data(s.data, s.seed, data_config, indices=stored["indices"] if stored else None)
+    data = load_data(s.data, s.seed, data_config, indices=stored["indices"] if stored else indices)
     if stored and stored["fingerprint"] != data.fingerprint:
         raise ValueError(f"the images or labels of {s.data.name} are not those that {folder} was trained on.")
     return data
