@@ -129,8 +129,9 @@ class TuneSettings(_Strict):
         try:
             return TuneSettings.model_validate(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
+            errors = error.errors()  # of a mapping that is no range, pydantic also says that it is no list
+            first = next((e for e in errors if e["type"] != "list_type" or not isinstance(e["input"], dict)), errors[0])
+            key = ".".join(str(part) for part in first["loc"] if not str(part).endswith(("]", "Range")))
             message = first["msg"].removeprefix("Value error, ")
             raise ValueError(f"{path}: {key + ': ' if key else ''}{message}.") from error
 

@@ -262,6 +262,8 @@ def test_the_figures_of_the_benchmark() -> None:
         ({"candidates": {"train.lr": []}}, "empty"),
         ({"candidates": {"train.lr": {"low": 0.1, "high": 1.0}}}, "trials"),
         ({"candidates": {"train.lr": {"low": 1.0, "high": 0.1}}, "trials": 3}, "low < high"),
+        ({"candidates": {"train.lr": {"low": 0.1}}, "trials": 3}, "train.lr.high: Field required"),
+        ({"candidates": {"train.lr": 0.1}}, "train.lr: Input should be a valid list"),
         ({"candidates": {"train.epochs": [1, 2]}}, "train.epochs"),
         ({"candidates": {"data.batch_size": [1, 2]}}, "data.batch_size"),
         ({"candidates": {"train.learning_rate": [1, 2]}}, "train.learning_rate"),
