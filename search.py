@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,39 @@ from eqnet.data import DataSplits
 from eqnet.nn.specialize import specialize
 from eqnet.report import comparison_table, plot_bits, plot_front, plot_predictor, write_front
 from eqnet.run import Run, open_data, versions
-from eqnet.scoring.evaluation import AccuracyTable, Evaluator, build_table, uniform_configs
+from eqnet.scoring.evaluation import Evaluator, build_table, uniform_configs
 from eqnet.scoring.predictor import AccuracyPredictor, fitted_predictor
-from eqnet.search import Found, exact_front, measured_search, pareto_search
+from eqnet.search import Found, ParetoFront, exact_front, measured_search, pareto_search
 from eqnet.search.exact import METHODS, Method, Planned, choose_method, planned_search, score_batches, score_formats
 from eqnet.search.scope import Scope, open_scope, read_target_subnet, search_settings, target_header
 from eqnet.settings import Settings
-from eqnet.space import ALL_FORMS, BoundBudget, Budget, Genomes, QuantConfig, QuantSpace
+from eqnet.space import ALL_FORMS, BoundBudget, Budget, CostModel, Genomes, QuantConfig
 from eqnet.space.hardware import load_target
 from eqnet.subnet import save_subnet
 from eqnet.tracking import Tracker
 
 FRONT_POINTS = 20  # limits of an exact front
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a search works with: the run and its settings, what may be searched (`scope`), within which limits (`bound`), what
+    measures configs as the target runs them (`evaluator`), and where it reports."""
+
+    arguments: argparse.Namespace
+    run: Run
+    settings: Settings
+    scope: Scope
+    bound: BoundBudget
+    evaluator: Evaluator
+    accelerator: Accelerator
+    tracker: Tracker
+    console: Console
+
+    @property
+    def front_cost(self) -> CostModel:
+        """The cost of a front: the budget's, or BitOps if it limits several."""
+        return self.bound.costs[0] if len(self.bound.costs) == 1 else self.scope.costs["bitops"](self.scope.space)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -95,16 +118,12 @@ def main() -> None:
         assert subnet is not None
         return measure_subnet(subnet, scope, evaluator, accelerator, console)
     tracker = Tracker(run.path, settings.tracking, settings.project, settings.model_dump(), accelerator.is_main_process)
+    job = Job(arguments, run, settings, scope, bound, evaluator, accelerator, tracker, console)
     try:
-        if method is not None:
-            return plan(
-                arguments, run, settings, method, score, scope, bound, data, evaluator, accelerator, tracker, console
-            )
-        rows, folder = settings.search.table_size, run.path / "table"
-        with progress_bar(console, "accuracy table", -(-rows // accelerator.num_processes)) as advance:
-            table = build_table(trained, folder, rows, settings.seed, accelerator, advance)
-        predictor = fit_predictor(run, settings, supernet.space, table, accelerator, tracker, console)
-        search(arguments, run, settings, scope, bound, table, predictor, evaluator, accelerator, tracker, console)
+        if method is None:
+            search(job, trained)
+        else:
+            plan(job, method, score, data)
     finally:
         tracker.close()
     return None
@@ -119,91 +138,102 @@ def measure_subnet(
     console.print(f"validation {row[0]:.2f} %, test {row[1]:.2f} %; {costs}")
 
 
-def fit_predictor(
-    run: Run,
-    settings: Settings,
-    space: QuantSpace,
-    table: AccuracyTable,
-    accelerator: Accelerator,
-    tracker: Tracker,
-    console: Console,
-) -> AccuracyPredictor:
-    """CQAP fitted on the table (once per table); reports its rank quality on the held-out fifth and saves it."""
-    path = run.path / "predictor.safetensors"
-    predictor, fresh = fitted_predictor(space, table.genomes, table.accuracy, seed=settings.seed, path=path)
-    metrics = predictor.metrics
-    text = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-    console.print(f"predictor on {len(table)} configs; held-out fifth: {text}")
-    if fresh and accelerator.is_main_process:
-        predictor.save(path)
-        assert predictor.held_out is not None
-        picture = plot_predictor(*predictor.held_out, metrics, run.path / "predictor.png")
-        tracker.log({f"predictor/{name}": value for name, value in metrics.items()}, tracker.last_step)
-        tracker.image("predictor", picture)
-    return predictor
+def search(job: Job, trained: Evaluator) -> None:
+    """Genetic search on the accuracy predictor.
+
+    Args:
+        job: whose evaluator measures the winners.
+        trained: measures the table that the predictor learns: the supernet as trained, whatever the target.
+    """
+    s, seed = job.settings.search, job.settings.seed
+    with progress_bar(job.console, "accuracy table", -(-s.table_size // job.accelerator.num_processes)) as advance:
+        table = build_table(trained, job.run.path / "table", s.table_size, seed, job.accelerator, advance)
+    path = job.run.path / "predictor.safetensors"
+    predictor, fresh = fitted_predictor(trained.supernet.space, table.genomes, table.accuracy, seed=seed, path=path)
+    text = "  ".join(f"{name} {value:.3f}" for name, value in predictor.metrics.items())
+    job.console.print(f"predictor on {len(table)} configs; held-out fifth: {text}")
+    if fresh and job.accelerator.is_main_process:
+        save_predictor(job, predictor, path)
+    space = job.scope.space
+    with progress_bar(job.console, "search and measurement", s.rounds * s.generations) as advance:
+        found = measured_search(space, job.bound, table, predictor, job.evaluator, s, seed, job.accelerator, advance)
+    folder, won = conclude(job, found, {}, None)
+    if folder is None:
+        return
+    if job.arguments.pareto:
+        front = genetic_front(job, "Pareto front", lambda genomes: predictor.score(genomes, space))
+        draw_front(job, folder, won, front, lambda genomes: predictor.score(genomes, space))
+    job.console.print(f"saved {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
 
 
-def search(
-    arguments: argparse.Namespace,
-    run: Run,
-    settings: Settings,
-    scope: Scope,
-    bound: BoundBudget,
-    table: AccuracyTable,
-    predictor: AccuracyPredictor,
-    evaluator: Evaluator,
-    accelerator: Accelerator,
-    tracker: Tracker,
-    console: Console,
-) -> None:
-    """Searches, measures the best on the test split once, beside the best uniform config, and writes the files."""
-    s, space = settings.search, scope.space
-    with progress_bar(console, "search and measurement", s.rounds * s.generations) as advance:
-        found = measured_search(space, bound, table, predictor, evaluator, s, settings.seed, accelerator, advance)
-    folder, won = conclude(arguments, run, settings, found, scope, {}, None, evaluator, accelerator, tracker, console)
-    if folder is not None and arguments.pareto:
-        pareto(folder, scope, bound, predictor, won, settings, tracker, console)
-    if folder is not None:
-        console.print(f"saved {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+def save_predictor(job: Job, predictor: AccuracyPredictor, path: Path) -> None:
+    """The predictor, its rank quality on the held-out fifth, and a picture of it."""
+    predictor.save(path)
+    assert predictor.held_out is not None
+    picture = plot_predictor(*predictor.held_out, predictor.metrics, job.run.path / "predictor.png")
+    metrics = {f"predictor/{name}": value for name, value in predictor.metrics.items()}
+    job.tracker.log(metrics, job.tracker.last_step)
+    job.tracker.image("predictor", picture)
 
 
-def conclude(
-    arguments: argparse.Namespace,
-    run: Run,
-    settings: Settings,
-    found: Found,
-    scope: Scope,
-    facts: dict[str, Any],
-    score: str | None,
-    evaluator: Evaluator,
-    accelerator: Accelerator,
-    tracker: Tracker,
-    console: Console,
-) -> tuple[Path | None, dict[str, Any]]:
+def plan(job: Job, method: Method, score: str, data: DataSplits) -> None:
+    """Scores every format, searches on the sum of scores, measures the winner beside the best uniform config."""
+    accelerator, space = job.accelerator, job.bound.space
+    batches = score_batches(data, job.settings, accelerator.device)
+    total = len(space.layers) * len(range(accelerator.process_index, len(batches), accelerator.num_processes))
+    with progress_bar(job.console, f"score {score}", total) as advance:
+        sensitivity = score_formats(score, job.evaluator, space, batches, accelerator, advance)
+    planned = planned_search(
+        method, sensitivity, job.bound, job.evaluator, job.settings.search, job.settings.seed, accelerator
+    )
+    exact = planned.exact
+    proof = "proven" if exact.optimal else f"proven up to {100 * exact.gap:.2g} %"
+    job.console.print(f"smallest {score} loss within the budget: {exact.loss:.6g}, {proof} in {exact.seconds:.2f} s")
+    if method.solver == "genetic":
+        job.console.print(f"optimality gap of the genetic search: {100 * planned.gap:.3g} %")
+    facts = {"method": job.arguments.method, "score": score}
+    facts |= {"optimum": exact.loss, "bound": exact.bound, "gap": planned.gap}
+    folder, won = conclude(job, planned.found, facts, score)
+    if folder is None:
+        return
+    write_json(folder / "sensitivity.json", sensitivity.to_json())
+    if job.arguments.pareto or method.front:
+        exact_fronts(job, folder, won, planned, score)
+    job.console.print(f"saved {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+
+
+def conclude(job: Job, found: Found, facts: dict[str, Any], score: str | None) -> tuple[Path | None, dict[str, Any]]:
     """Measures the best on the test split once, beside the best uniform config, and writes the files.
+
+    Args:
+        job: the search.
+        found: what it measured on the validation split.
+        facts: what else the subnet's file says.
+        score: the additive score that was searched on, None for the predictor.
 
     Returns:
         The folder (None on all but the main process), and what is written about the winner.
     """
-    budget, space = str(Budget.parse(arguments.budget)), scope.space
+    scope, space, evaluator = job.scope, job.scope.space, job.evaluator
     rivals = [*found.searched[:1], *found.uniform[:1]]
-    tests = evaluator.measure_all([c.config for c in rivals], ["test"], accelerator)[:, 0]
-    if not accelerator.is_main_process:
+    tests = evaluator.measure_all([c.config for c in rivals], ["test"], job.accelerator)[:, 0]
+    if not job.accelerator.is_main_process:
         return None, {}
     rows = [c.to_json(space, scope.costs, float(test)) for c, test in zip(rivals, tests, strict=True)]
     searched, uniform = (rows[0] if found.searched else None), (rows[-1] if found.uniform else None)
     best = found.best
     won = rows[rivals.index(best)]
-    console.print(comparison_table({"searched": searched, "uniform": uniform}, space, scope.costs, score))
+    job.console.print(comparison_table({"searched": searched, "uniform": uniform}, space, scope.costs, score))
     if won is not searched:
-        console.print("a uniform config was measured best on the validation split; it is the result")
-    names = [arguments.form, *([arguments.method, score] if score is not None else [])]
-    target = None if scope.target is None else scope.target.name
-    folder = run.new_search_folder(budget, target, "-".join(filter(None, names)))
+        job.console.print("a uniform config was measured best on the validation split; it is the result")
+    budget, target = str(Budget.parse(job.arguments.budget)), None if scope.target is None else scope.target.name
+    names = [job.arguments.form, *([job.arguments.method, score] if score is not None else [])]
+    folder = job.run.new_search_folder(budget, target, "-".join(filter(None, names)))
     table_file = None if scope.latency_table is None else str(scope.latency_table)
-    header = {"budget": budget, "seed": settings.seed, "versions": versions(), "latency_table": table_file, **facts}
+    header = {"budget": budget, "seed": job.settings.seed, "versions": versions(), "latency_table": table_file, **facts}
     document = {**header, **target_header(scope.target), **won, "best_searched": searched, "best_uniform": uniform}
     save_subnet(folder, evaluator.supernet, best.config, evaluator.bn_batches, document)
+    tracker = job.tracker
     tracker.image("search/bits", plot_bits(best.config, space, folder / "bits.png"))
     tracker.log({f"search/{name}": value for name, value in (won["accuracy"] | won["cost"]).items()}, tracker.last_step)
     bits = [[name, c.weight.bits, "float" if c.act is None else c.act.bits] for name, c in best.config.items()]
@@ -211,141 +241,79 @@ def conclude(
     return folder, won
 
 
-def plan(
-    arguments: argparse.Namespace,
-    run: Run,
-    settings: Settings,
-    method: Method,
-    score: str,
-    scope: Scope,
-    bound: BoundBudget,
-    data: DataSplits,
-    evaluator: Evaluator,
-    accelerator: Accelerator,
-    tracker: Tracker,
-    console: Console,
-) -> None:
-    """Scores every format, searches on the sum of scores, measures the winner beside the best uniform config."""
-    batches = score_batches(data, settings, accelerator.device)
-    total = len(bound.space.layers) * len(range(accelerator.process_index, len(batches), accelerator.num_processes))
-    with progress_bar(console, f"score {score}", total) as advance:
-        sensitivity = score_formats(score, evaluator, bound.space, batches, accelerator, advance)
-    planned = planned_search(method, sensitivity, bound, evaluator, settings.search, settings.seed, accelerator)
-    exact = planned.exact
-    proof = "proven" if exact.optimal else f"proven up to {100 * exact.gap:.2g} %"
-    console.print(f"smallest {score} loss within the budget: {exact.loss:.6g}, {proof} in {exact.seconds:.2f} s")
-    if method.solver == "genetic":
-        console.print(f"optimality gap of the genetic search: {100 * planned.gap:.3g} %")
-    facts = {
-        "method": arguments.method,
-        "score": score,
-        "optimum": exact.loss,
-        "bound": exact.bound,
-        "gap": planned.gap,
-    }
-    folder, won = conclude(
-        arguments, run, settings, planned.found, scope, facts, score, evaluator, accelerator, tracker, console
-    )
-    if folder is None:
-        return
-    write_json(folder / "sensitivity.json", sensitivity.to_json())
-    if arguments.pareto or method.front:
-        plan_front(folder, scope, bound, planned, score, won, settings, tracker, console)
-    console.print(f"saved {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+# -- fronts -----------------------------------------------------------------------------------------------------------
+
+Score = Callable[[Genomes], NDArray[np.float64]]
 
 
-def plan_front(
+def genetic_front(job: Job, title: str, score: Score) -> ParetoFront:
+    """NSGA-II between a score and the cost."""
+    s = job.settings.search
+    with progress_bar(job.console, title, s.generations) as advance:
+        return pareto_search(
+            job.scope.space,
+            score,
+            job.front_cost,
+            seed=job.settings.seed,
+            population=2 * s.population,
+            generations=s.generations,
+            mutation_probability=s.mutation_probability,
+            progress=lambda *_: advance(),
+        )
+
+
+def exact_fronts(job: Job, folder: Path, chosen: dict[str, Any], planned: Planned, score: str) -> None:
+    """The exact front between loss and cost, and NSGA-II's on top."""
+    loss = planned.loss
+
+    def negative(genomes: Genomes) -> NDArray[np.float64]:
+        return -loss(genomes)
+
+    with progress_bar(job.console, "exact front", FRONT_POINTS) as advance:
+        exact = exact_front(
+            loss, job.front_cost, points=FRONT_POINTS, forms=job.scope.space.forms or None, progress=advance
+        )
+    finite = bool(np.isfinite(loss.table).all())
+    draw_front(job, folder, chosen, exact, negative, score, genetic_front(job, "NSGA-II", negative) if finite else None)
+
+
+def draw_front(
+    job: Job,
     folder: Path,
-    scope: Scope,
-    bound: BoundBudget,
-    planned: Planned,
-    score: str,
     chosen: dict[str, Any],
-    settings: Settings,
-    tracker: Tracker,
-    console: Console,
+    front: ParetoFront,
+    value: Score,
+    score: str | None = None,
+    genetic: ParetoFront | None = None,
 ) -> None:
-    """The exact front between loss and the budget's cost (BitOps if it limits several), and NSGA-II's on top."""
-    space, loss = scope.space, planned.loss
-    cost = bound.costs[0] if len(bound.costs) == 1 else scope.costs["bitops"](space)
-    with progress_bar(console, "exact front", FRONT_POINTS) as advance:
-        exact = exact_front(loss, cost, points=FRONT_POINTS, forms=space.forms or None, progress=advance)
-    genetic = None
-    if np.isfinite(loss.table).all():
-        with progress_bar(console, "NSGA-II", settings.search.generations) as advance:
-            genetic = pareto_search(
-                space,
-                lambda genomes: -loss(genomes),
-                cost,
-                seed=settings.seed,
-                population=2 * settings.search.population,
-                generations=settings.search.generations,
-                mutation_probability=settings.search.mutation_probability,
-                progress=lambda *_: advance(),
-            )
-    write_front(exact.genomes, exact.scores, space, scope.costs, folder / "pareto.csv", score)
+    """Writes a front as a table and as a picture, with the uniform configs and the chosen one.
+
+    Args:
+        job: the search.
+        folder: where the files go.
+        chosen: what is written about the winner.
+        front: to write; exact if there is an additive score.
+        value: predicted accuracy, or the negative loss.
+        score: name of the additive score.
+        genetic: a front to draw on top.
+    """
+    space, cost = job.scope.space, job.front_cost
+    write_front(front.genomes, front.scores, space, job.scope.costs, folder / "pareto.csv", score)
     uniform = space.encode_all([c for _, _, c in uniform_configs(space)])
     picture = plot_front(
-        (exact.costs, exact.scores),
-        (cost(uniform), -loss(uniform)),
+        (front.costs, front.scores),
+        (cost(uniform), value(uniform)),
         (chosen["cost"][cost.name], chosen["accuracy"]["predicted"]),
         cost,
         folder / "pareto.png",
         score=score,
         genetic=None if genetic is None else (genetic.costs, genetic.scores),
     )
-    tracker.image("search/pareto", picture)
-    console.print(
-        f"exact front: {len(exact.costs)} configs from {cost.format(exact.costs[0])} to {cost.format(exact.costs[-1])}"
-    )
-
-
-def pareto(
-    folder: Path,
-    scope: Scope,
-    bound: BoundBudget,
-    predictor: AccuracyPredictor,
-    chosen: dict[str, Any],
-    settings: Settings,
-    tracker: Tracker,
-    console: Console,
-) -> None:
-    """The NSGA-II front between predicted accuracy and the budget's cost (BitOps if it limits several)."""
-    space = scope.space
-    cost = bound.costs[0] if len(bound.costs) == 1 else scope.costs["bitops"](space)
-
-    def score(genomes: Genomes) -> NDArray[np.float64]:
-        return predictor.score(genomes, space)
-
-    with progress_bar(console, "Pareto front", settings.search.generations) as advance:
-        front = pareto_search(
-            space,
-            score,
-            cost,
-            seed=settings.seed,
-            population=2 * settings.search.population,
-            generations=settings.search.generations,
-            mutation_probability=settings.search.mutation_probability,
-            progress=lambda *_: advance(),
-        )
-    write_front(front.genomes, front.scores, space, scope.costs, folder / "pareto.csv")
-    uniform = space.encode_all([c for _, _, c in uniform_configs(space)])
-    picture = plot_front(
-        (front.costs, front.scores),
-        (cost(uniform), score(uniform)),
-        (chosen["cost"][cost.name], chosen["accuracy"]["predicted"]),
-        cost,
-        folder / "pareto.png",
-    )
-    tracker.image("search/pareto", picture)
-    tracker.table(
-        "search/front",
-        [cost.name, "predicted"],
-        [[float(c), float(a)] for c, a in zip(front.costs, front.scores, strict=True)],
-    )
-    console.print(
-        f"front: {len(front.costs)} configs from {cost.format(front.costs[0])} to {cost.format(front.costs[-1])}"
-    )
+    job.tracker.image("search/pareto", picture)
+    points = [[float(c), float(a)] for c, a in zip(front.costs, front.scores, strict=True)]
+    job.tracker.table("search/front", [cost.name, "predicted" if score is None else f"negative {score} loss"], points)
+    ends = f"{cost.format(front.costs[0])} to {cost.format(front.costs[-1])}"
+    job.console.print(f"{'front' if score is None else 'exact front'}: {len(front.costs)} configs from {ends}")
 
 
 if __name__ == "__main__":
