@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from benchmarks.target_accuracy import measure
 from eqnet.checkpoint import load_tensors
 from eqnet.command import run_command
 from eqnet.nn.specialize import specialize
@@ -21,7 +22,7 @@ from eqnet.run import Run, create_float_model, open_data
 from eqnet.scoring.evaluation import Evaluator
 from eqnet.settings import load_settings
 from eqnet.space import QuantConfig
-from eqnet.space.hardware import HardwareTarget, load_target
+from eqnet.space.hardware import HardwareTarget, load_target, target_names
 from eqnet.space.latency import LatencyTable, LayerShape
 from eqnet.space.target_cost import container_bitops, container_size
 from eqnet.training.loop import export_facts
@@ -208,3 +209,18 @@ def test_exact_search_takes_a_target_too(call: Call, run: Run) -> None:
     supernet, _ = run.load_supernet()
     assert document["target"] == "tensorrt"
     assert load_target("tensorrt").check(QuantConfig.from_json(document["layers"]), supernet.space.layers) == []
+
+
+def test_the_benchmark_of_forms_covers_every_target_and_costs_nothing_where_no_rule_is(run: Run) -> None:
+    rows = measure(run)
+    assert {row["target"] for row in rows} == set(target_names())
+    for row in rows:
+        assert row["weight_bits"] in (4, 8)
+        assert (row["act_bits"] == 8) or row["target"] in (
+            "generic",
+            "onnxruntime-arm",
+            "onnxruntime-x86",
+            "openvino-cpu",
+        )
+        if row["target"] in ("generic", "onnxruntime-arm", "onnxruntime-x86"):
+            assert row["specialized"] == row["trained"]
