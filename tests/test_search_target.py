@@ -63,6 +63,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ru
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look for their module
     spec.loader.exec_module(module)
 
     def run_it(*arguments: object) -> tuple[int, str, str]:
