@@ -1,5 +1,5 @@
 """The command line: `eqnet targets list | show NAME | check NAME SUBNET`, `eqnet export SUBNET --target NAME`,
-`eqnet verify FILE`.
+`eqnet verify FILE`, `eqnet benchmark latency --target NAME`.
 
 The user's mistakes end in one sentence on standard error and exit code 2.
 """
@@ -28,6 +28,10 @@ class FileFormat(enum.StrEnum):
 
     onnx = "onnx"
     torch = "torch"
+    packed = "packed"
+
+
+SUFFIXES = {FileFormat.onnx: ".onnx", FileFormat.torch: ".pt2", FileFormat.packed: ".safetensors"}
 
 
 class LabelledSplit(enum.StrEnum):
@@ -40,6 +44,8 @@ class LabelledSplit(enum.StrEnum):
 app = typer.Typer(help="Elastic quantization supernets.", pretty_exceptions_enable=False)
 targets = typer.Typer(help="Hardware targets: what devices execute.")
 app.add_typer(targets, name="targets")
+benchmark = typer.Typer(help="Measurements on this machine.")
+app.add_typer(benchmark, name="benchmark")
 
 
 @app.callback()
@@ -98,18 +104,27 @@ def export_subnet(
     batch: Annotated[int | None, typer.Option(min=1, help="images per call (default: any number)")] = None,
     images: Annotated[int, typer.Option(min=1, help="training images that calibrate added quantizers")] = 256,
 ) -> None:
-    """Writes a subnet as an ONNX file for a target, with a description beside it (or as a torch.export program)."""
+    """Writes a subnet as an ONNX file for a target, with a description beside it.
+
+    Or as a torch.export program, or with its weights packed to their bits.
+    """
     from eqnet.deploy.export import check_output, export_onnx, export_torch  # imports torch
+    from eqnet.deploy.packed import save_packed
     from eqnet.deploy.subnet import load_subnet
 
     hardware = load_target(target)
-    suffix = ".onnx" if file_format is FileFormat.onnx else ".pt2"
-    path = output or subnet.with_name(f"{hardware.name}{suffix}")
+    suffix = SUFFIXES[file_format]
+    path = output or subnet.with_name(f"{'packed' if file_format is FileFormat.packed else hardware.name}{suffix}")
     check_output(path, suffix)
     saved, console = load_subnet(subnet, _run_folder(subnet, run)), make_console()
     if file_format is FileFormat.torch:
         export_torch(saved.module, path, input_size=saved.input_size, batch=batch)
         console.print(f"saved {path}", markup=False, soft_wrap=True)
+        return
+    if file_format is FileFormat.packed:
+        size = save_packed(saved.module, saved.config, saved.layers, path)
+        text = f"saved {path}: {size.tensors} bytes of tensors, {size.header} of names and formats"
+        console.print(text, markup=False, soft_wrap=True)
         return
     description = export_onnx(
         saved.module,
@@ -180,6 +195,40 @@ def tune_settings(
     show(tune(job, console), console)
     console.print(f"saved {job.output}/best.yaml, tune.json", soft_wrap=True)
     console.print(f"next: python train.py {job.output}/best.yaml, with another seed=... for example", soft_wrap=True)
+
+
+@benchmark.command("latency")
+def measure_latency_table(
+    target: Annotated[str, typer.Option(help="a built-in target, or the path of a target file")],
+    run: Annotated[Path | None, typer.Option(help="folder of the run (default: the latest below runs/)")] = None,
+    configs: Annotated[int, typer.Option(min=2, help="random configs to check the sums with")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="measurements of each network")] = 30,
+    threads: Annotated[int, typer.Option(min=1, help="threads of the runtime")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="of the measured configs")] = 0,
+) -> None:
+    """Measures the latency table of a run's layers into RUN/latency/TARGET.json, and checks that times add up."""
+    from eqnet.deploy.latency import count_networks, measure_latency  # imports torch
+    from eqnet.run import Run
+
+    hardware, opened, console = load_target(target), Run.open(run), make_console()
+    supernet, facts = opened.load_supernet()
+    path = opened.path / "latency" / f"{hardware.name}.json"
+    path.parent.mkdir(exist_ok=True)
+    networks = 0 if path.exists() else count_networks(supernet, hardware, configs, seed)
+    with progress_bar(console, f"latency on {hardware.name}", networks) as advance:
+        table, check = measure_latency(
+            supernet,
+            hardware,
+            facts["input_size"],
+            path,
+            configs=configs,
+            rounds=rounds,
+            threads=threads,
+            seed=seed,
+            progress=advance,
+        )
+    console.print(f"{len(table.entries)} entries, overhead {table.overhead_ms:.3f} ms: {path}", markup=False)
+    console.print(check.describe(), soft_wrap=True)
 
 
 def main() -> None:

@@ -17,10 +17,12 @@ from accelerate import Accelerator
 from eqnet import cli
 from eqnet.checkpoint import load_tensors, save_tensors, write_json
 from eqnet.deploy.export import read_sidecar
+from eqnet.deploy.packed import load_packed
 from eqnet.deploy.subnet import load_subnet
 from eqnet.nn.supernet import Supernet
 from eqnet.run import Run, create_float_model, open_data
 from eqnet.settings import Settings, dump_settings
+from eqnet.space import model_size
 from eqnet.space.hardware import load_target
 
 Eqnet = Callable[..., tuple[int, str, str]]
@@ -136,3 +138,18 @@ def test_mistakes_are_one_sentence(eqnet: Eqnet, run_folder: Path, tmp_path: Pat
         assert err.count("\n") == 1, err
         assert message in err
     assert [path.name for path in tmp_path.iterdir()] == ["subnet.json"]
+
+
+def test_packed_weights_have_the_size_of_their_cost(eqnet: Eqnet, run_folder: Path, tmp_path: Path) -> None:
+    subnet, file = run_folder / "search" / "mixed" / "subnet.json", tmp_path / "packed.safetensors"
+    words = ("export", str(subnet), "--target", "onnxruntime-x86", "--format", "packed", "--output", str(file))
+    code, out, err = eqnet(*words)
+    assert (code, err) == (0, "")
+    saved = load_subnet(subnet, run_folder)
+    supernet, _ = saved.run.load_supernet()
+    assert f"{model_size(supernet.space).of(saved.config):.0f} bytes of tensors" in " ".join(out.split())
+    settings = saved.run.settings.model
+    loaded = load_packed(file, create_float_model(settings, 10, 1))
+    x = torch.randn(4, 1, 8, 8)
+    assert torch.equal(loaded(x), saved.module(x))
+    assert eqnet(*words)[0] == 2  # never overwritten

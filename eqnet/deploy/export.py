@@ -68,6 +68,7 @@ def export_onnx(
     batch: int | None = None,
     pixels: Mapping[str, Any] | None = None,
     source: Mapping[str, str] | None = None,
+    traced: ir.Model | None = None,
 ) -> dict[str, Any]:
     """Writes a subnet for a target.
 
@@ -83,6 +84,8 @@ def export_onnx(
         batch: images per call; None leaves the number open.
         pixels: "mean" and "std" of each channel: how pixels in [0, 1] became inputs, for the description.
         source: where the subnet comes from: "run", "subnet", "sha256".
+        traced: what `trace_graph` made of another subnet of the same supernet and BN statistics, for the same input size,
+            opset and batch; not changed. Tracing takes most of the time of an export.
 
     Returns:
         The description, as in the file.
@@ -104,7 +107,7 @@ def export_onnx(
     opset = max(
         LOWEST_OPSET, target.opset or 0, *(_CONTAINER_OPSETS[layer.weight.container] for layer in found.values())
     )
-    model = trace_graph(subnet, input_size, opset, batch)
+    model = trace_graph(subnet, input_size, opset, batch) if traced is None else traced.clone()
     graph = model.graph
     passes.find_nodes(graph, found)
     passes.fold_norms(graph, found, target)

@@ -98,7 +98,7 @@ _ORT_PRODUCTS = (
     "MatMulNBits",
     "DynamicQuantizeMatMul",
 )
-_ORT_SUFFIX = re.compile(r"(_token_\d+|_nchwc|/MatMulAddFusion)+$")
+ORT_SUFFIX = re.compile(r"(_token_\d+|_nchwc|/MatMulAddFusion)+$")
 
 
 class _OnnxRuntimeSession:
@@ -136,7 +136,7 @@ class _OnnxRuntimeSession:
         for node in graph.node:
             if node.op_type in _ORT_PRODUCTS:
                 kernel = Kernel(node.op_type, node.op_type in _ORT_INTEGER)
-                by_name[_ORT_SUFFIX.sub("", node.name)] = kernel
+                by_name[ORT_SUFFIX.sub("", node.name)] = kernel
                 by_weight.update({_origin(name, producers).removesuffix("_T"): kernel for name in node.input})
         found = {}
         before = {name: node for node in self._model.graph.node for name in node.output}

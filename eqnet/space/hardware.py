@@ -116,6 +116,19 @@ class HardwareTarget(Strict):
         bits = self.container_bits(layer, slot, fmt)
         return fmt if self.latency_bits == "code" else dataclasses.replace(fmt, bits=bits)
 
+    def timed(self, layer: LayerInfo, slot: Slot, fmt: QuantFormat) -> QuantFormat:
+        """The format under which a latency table lists the time of `fmt`.
+
+        As `executed`, but all activations narrower than their container are listed as one bit narrower: their codes are
+        clipped, which takes time too.
+
+        Raises:
+            ValueError: the target does not run the format.
+        """
+        executed = self.executed(layer, slot, fmt)
+        narrow = slot == "act" and fmt.bits < executed.bits
+        return dataclasses.replace(executed, bits=executed.bits - 1) if narrow else executed
+
     def code_range(self, layer: LayerInfo, slot: Slot, fmt: QuantFormat, signed: bool = True) -> tuple[int, int]:
         """Smallest and largest code that the target executes exactly.
 

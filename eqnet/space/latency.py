@@ -153,8 +153,9 @@ def latency_cost(space: QuantSpace, table: LatencyTable, target: HardwareTarget 
     Args:
         space: every format of every layer needs an entry.
         table: measured times.
-        target: looks formats up at the width of their container (`HardwareTarget.executed`), so that one entry serves all
-            codes that run on the same kernel; None looks up every format itself.
+        target: looks formats up at the width of their container, so that one entry serves all codes that run on the same
+            kernel; narrower activations have an entry of their own if the table knows the time of clipped codes
+            (`HardwareTarget.timed`). None looks up every format itself.
 
     Raises:
         ValueError: a missing entry (layer and formats), or a format that the target does not run.
@@ -165,7 +166,9 @@ def latency_cost(space: QuantSpace, table: LatencyTable, target: HardwareTarget 
             return 0.0
         if target is not None:
             weight = target.executed(layer, "weight", weight)
+            clipped = None if act is None else target.timed(layer, "act", act)
             act = None if act is None else target.executed(layer, "act", act)
+            act = clipped if (LayerShape.of(layer), weight, clipped) in table.entries else act
         return table.ms(layer, weight, act)
 
     return CostModel(space, "latency", "ms", measure, constant=table.overhead_ms)
