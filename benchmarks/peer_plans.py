@@ -126,7 +126,7 @@ def main() -> None:
             calibration_s = time.process_time() - before
             for score in OUR_SCORES:
                 before = time.process_time()
-                tables[score] = SCORES[score](supernet, images, accelerator, lambda: None)
+                tables[score] = SCORES[score](supernet, supernet.space, images, accelerator, lambda: None)
                 seconds[score] = calibration_s + time.process_time() - before
             for bits in arguments.bits:
                 answer = ask(library, python, run.settings.model.name, run.path / "float.safetensors", stored, bits)
