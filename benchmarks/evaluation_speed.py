@@ -2,7 +2,8 @@
 
 A config is measured by recalibrating BN on training images and then classifying validation images. 1.00 is the float network
 in contiguous layout on the same images, in eval mode for classification and in train mode for recalibration. All variants
-run in one process that keeps freed memory, as train.py and search.py do; what that is worth is measured as well.
+run in one process that keeps freed memory, as train.py and search.py do; what that is worth is measured as well. Integer
+variants are left out on a CPU that has no integer kernels.
 
     python -m benchmarks evaluation_speed [--short] [--output folder]
     python -m benchmarks.evaluation_speed accuracy --run folder [--json FILE] [--plot FILE]
@@ -40,6 +41,7 @@ from benchmarks.timing import interleave, ratio
 from eqnet.checkpoint import read_json, write_json
 from eqnet.command import keep_freed_memory
 from eqnet.data import Batches, DataSplits, calibration_batches, random_subset
+from eqnet.nn.integer import kernels_available
 from eqnet.nn.integer_supernet import IntegerSupernet
 from eqnet.nn.kernels import choose_kernels
 from eqnet.nn.supernet import Supernet, recalibrate_bn
@@ -93,23 +95,11 @@ def forward_rows(net: str, rounds: int) -> tuple[dict[str, Any], dict[str, Any]]
     float_last, eager, compiled = channels_last(model), channels_last(supernet), channels_last(supernet)
     assert isinstance(compiled, Supernet)
     compiled.use_kernels(choose_kernels("on", images.device))
-    executor = IntegerSupernet(supernet)
-    frozen = executor.freeze()
-
-    def layer_by_layer() -> None:
-        with executor.layer_by_layer():
-            supernet(images)
-
-    twin = copy.deepcopy(supernet)  # the frozen network above keeps its statistics
-    other = IntegerSupernet(twin)
     classify: dict[str, Callable[[], object]] = {
         UNIT: lambda: model(images),
         "float, channels_last": lambda: float_last(packed),
         "simulation, eager": lambda: eager(packed),
         "simulation, compiled": lambda: compiled(packed),
-        "integer, layer by layer": layer_by_layer,
-        "integer, fused": lambda: frozen(images),
-        "integer, change of the config": executor.freeze,
     }
     trained_float, trained_last = copy.deepcopy(model), channels_last(model)
     recalibrate: dict[str, Callable[[], object]] = {
@@ -117,8 +107,21 @@ def forward_rows(net: str, rounds: int) -> tuple[dict[str, Any], dict[str, Any]]
         "float, channels_last": lambda: recalibrate_bn(trained_last, [packed]),
         "simulation, eager": lambda: recalibrate_bn(eager, [packed]),
         "simulation, compiled": lambda: recalibrate_bn(compiled, [packed]),
-        "integer, fused": lambda: other.recalibrate_bn([images]),
     }
+    if kernels_available():
+        executor = IntegerSupernet(supernet)
+        frozen = executor.freeze()
+
+        def layer_by_layer() -> None:
+            with executor.layer_by_layer():
+                supernet(images)
+
+        twin = copy.deepcopy(supernet)  # the frozen network above keeps its statistics
+        other = IntegerSupernet(twin)
+        classify["integer, layer by layer"] = layer_by_layer
+        classify["integer, fused"] = lambda: frozen(images)
+        classify["integer, change of the config"] = executor.freeze
+        recalibrate["integer, fused"] = lambda: other.recalibrate_bn([images])
     results = []
     for variants in (classify, recalibrate):
         timings = interleave({name: without_gradients(f) for name, f in variants.items()}, rounds, 2)
@@ -137,8 +140,10 @@ def config_rows(net: str, bn_images: int, images: int, configs: int) -> dict[str
     size = len(batch)
     labels = torch.zeros(size, dtype=torch.int64)
     bn, split = [batch] * (bn_images // size), {"validation": [(batch, labels)] * (images // size)}
-    seconds: dict[str, list[float]] = {"simulation": [], "integer": []}
-    evaluators = {"simulation": Evaluator(supernet, bn, split, "off"), "integer": Evaluator(supernet, bn, split, "on")}
+    evaluators = {"simulation": Evaluator(supernet, bn, split, "off")}
+    if kernels_available():
+        evaluators["integer"] = Evaluator(supernet, bn, split, "on")
+    seconds: dict[str, list[float]] = {name: [] for name in evaluators}
     for i, genome in enumerate(table_genomes(supernet.space, configs, 0)):
         for name, evaluator in evaluators.items() if i % 2 else reversed(evaluators.items()):
             start = time.perf_counter()
@@ -181,12 +186,10 @@ def worker(net: str, memory: str) -> None:
     if memory == "kept":
         keep_freed_memory()
     model, supernet, images = build(net)
-    frozen = IntegerSupernet(supernet).freeze()
-    calls: dict[str, Callable[[], object]] = {
-        "float": lambda: model(images),
-        "simulation": lambda: supernet(images),
-        "integer": lambda: frozen(images),
-    }
+    calls: dict[str, Callable[[], object]] = {"float": lambda: model(images), "simulation": lambda: supernet(images)}
+    if kernels_available():
+        frozen = IntegerSupernet(supernet).freeze()
+        calls["integer"] = lambda: frozen(images)
     timings = interleave({name: without_gradients(f) for name, f in calls.items()}, 7, 2)
     print(json.dumps({name: t.median for name, t in timings.items()}))
 
@@ -215,7 +218,8 @@ def agreement_rows(supernet: Supernet, data: DataSplits, configs: int, images: i
     "same statistics": BN recalibrated by the simulation. "own statistics": each recalibrates for itself. "floats in another
     order": two simulations, one with torch's own convolutions instead of oneDNN's.
     """
-    executor, bn = IntegerSupernet(supernet), calibration_batches(data, 512, 64, 0, "cpu")
+    executor = IntegerSupernet(supernet) if kernels_available() else None
+    bn = calibration_batches(data, 512, 64, 0, "cpu")
     split = list(batches(data, images))
     labels = torch.cat([y for _, y in split])
 
@@ -228,9 +232,11 @@ def agreement_rows(supernet: Supernet, data: DataSplits, configs: int, images: i
             supernet.set_config(supernet.space.decode(genome))
             supernet.recalibrate_bn(bn)
             expected = classes(supernet)
-            results = {"integer, same statistics": classes(executor.freeze())}
-            executor.recalibrate_bn(bn)
-            results["integer, own statistics"] = classes(executor.freeze())
+            results = {}
+            if executor is not None:
+                results["integer, same statistics"] = classes(executor.freeze())
+                executor.recalibrate_bn(bn)
+                results["integer, own statistics"] = classes(executor.freeze())
             with torch.backends.mkldnn.flags(enabled=False):
                 supernet.recalibrate_bn(bn)
             results["floats in another order, own statistics"] = classes(supernet)
@@ -265,7 +271,8 @@ def recalibration_rows(
     order. "own deviation": of what is left, which disturbs the order; without any error of recalibration it would not be 0
     but that of rounding. "Kendall": order of the configs against their order by the mean over draws with the most images.
     """
-    executor, split = IntegerSupernet(supernet), list(batches(data, images))
+    executor = IntegerSupernet(supernet) if kernels_available() else None
+    split = list(batches(data, images))
     labels = torch.cat([y for _, y in split])
     drawn = [torch.cat(calibration_batches(data, max(sizes), 64, seed, "cpu")) for seed in range(draws)]
     measured = np.zeros((configs, draws, len(sizes)))
@@ -273,8 +280,8 @@ def recalibration_rows(
         for i, genome in enumerate(table_genomes(supernet.space, configs, 2)):
             supernet.set_config(supernet.space.decode(genome))
             for d, k in np.ndindex(draws, len(sizes)):
-                executor.recalibrate_bn(list(drawn[d][: sizes[k]].split(64)))
-                network = executor.freeze()
+                (executor or supernet).recalibrate_bn(list(drawn[d][: sizes[k]].split(64)))
+                network = supernet if executor is None else executor.freeze()
                 got = torch.cat([network(x).argmax(1) for x, _ in split])
                 measured[i, d, k] = 100 * float((got == labels).double().mean())
     reference = measured[:, :, -1].mean(1)
