@@ -215,9 +215,8 @@ def test_the_number_of_images_is_open(folder: Path) -> None:
     assert [len(run_onnxruntime(path, images(n))) for n in (1, 3)] == [1, 3]
 
 
-@pytest.mark.parametrize("name", ["onnxruntime-x86", pytest.param("onnxruntime-arm", marks=pytest.mark.slow)])
-def test_onnxruntime_takes_integer_kernels_everywhere(name: str, folder: Path, tmp_path: Path) -> None:
-    subnet, _, _, path, description = exported(name, folder)
+def test_onnxruntime_takes_integer_kernels_everywhere(folder: Path, tmp_path: Path) -> None:
+    subnet, _, _, path, description = exported("onnxruntime-x86", folder)
     x = images(64, 2)
     plain = run_onnxruntime(path, x)
     optimized = run_onnxruntime(path, x, True, tmp_path / "optimized.onnx")
