@@ -36,15 +36,6 @@ from eqnet.space.qconfig import MAX_BITS
 from eqnet.space.target_rules import CONTAINER_BITS, OpRules
 
 _DTYPES = {"int8": np.int8, "uint8": np.uint8, "int4": ml_dtypes.int4, "int2": ml_dtypes.int2}
-MOVES_VALUES = (
-    "MaxPool",
-    "Reshape",
-    "Flatten",
-    "Transpose",
-    "Squeeze",
-    "Unsqueeze",
-    "Slice",
-)  # commute with quantizers
 _LAYER_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
