@@ -1,5 +1,5 @@
 """The command line: `eqnet targets list | show NAME | check NAME SUBNET`, `eqnet export SUBNET --target NAME`,
-`eqnet verify FILE`, `eqnet benchmark latency --target NAME`.
+`eqnet verify FILE`, `eqnet plan export | import | schema`, `eqnet benchmark latency --target NAME`.
 
 The user's mistakes end in one sentence on standard error and exit code 2.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import sys
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eqnet.command import make_console, progress_bar, run_command
-from eqnet.space import QuantConfig, QuantSpace, Slot
+from eqnet.space import QuantConfig, QuantFormat, QuantSpace, Slot
 from eqnet.space.hardware import HardwareTarget, load_target, target_names
 
 SLOTS: tuple[Slot, ...] = ("weight", "act")
@@ -41,9 +42,19 @@ class LabelledSplit(enum.StrEnum):
     test = "test"
 
 
+class PlanFormat(enum.StrEnum):
+    """Plans of other tools; see `eqnet.deploy.interchange`."""
+
+    aimet = "aimet"
+    aimet_061 = "aimet-0.6.1"
+    modelopt = "modelopt"
+
+
 app = typer.Typer(help="Elastic quantization supernets.", pretty_exceptions_enable=False)
 targets = typer.Typer(help="Hardware targets: what devices execute.")
 app.add_typer(targets, name="targets")
+plan = typer.Typer(help="Plans: formats of every layer, to and from other tools.")
+app.add_typer(plan, name="plan")
 benchmark = typer.Typer(help="Measurements on this machine.")
 app.add_typer(benchmark, name="benchmark")
 
@@ -184,6 +195,55 @@ def verify_file(
         raise typer.Exit(2)
 
 
+@plan.command("export")
+def export_plan(
+    subnet: Annotated[Path, typer.Argument(help="a subnet.json of a search")],
+    plan_format: Annotated[PlanFormat, typer.Option("--format", help="of the file to write")],
+    output: Annotated[Path, typer.Option(help="file to write: .json, or .yaml")],
+    run: Annotated[Path | None, typer.Option(help="folder of the run (default: the one that holds the subnet)")] = None,
+) -> None:
+    """Writes the formats of a subnet for another tool: AIMET encodings (with step sizes), or a recipe of ModelOpt."""
+    from eqnet.deploy.interchange import config_to_aimet, config_to_modelopt, write_plan  # imports torch
+    from eqnet.deploy.subnet import load_subnet
+
+    if plan_format is PlanFormat.modelopt:
+        config, space = _read_subnet(subnet, run)
+        document = config_to_modelopt(config, space.layers)
+    else:
+        saved = load_subnet(subnet, _run_folder(subnet, run))
+        document = config_to_aimet(saved.config, saved.layers, saved.module, plan_format.value)
+    write_plan(output, document)
+    make_console().print(f"saved {output}", markup=False, soft_wrap=True)
+
+
+@plan.command("import")
+def import_plan(
+    file: Annotated[Path, typer.Argument(help="AIMET encodings, or a recipe of ModelOpt")],
+    plan_format: Annotated[PlanFormat, typer.Option("--format", help="of the file")],
+    run: Annotated[Path, typer.Option(help="folder of the run whose supernet the plan is for")],
+    output: Annotated[Path, typer.Option(help="the subnet.json to write")],
+    unnamed_inputs: Annotated[
+        str | None, typer.Option(help="format of inputs that encodings do not name, e.g. 8-asym")
+    ] = None,
+) -> None:
+    """Reads the formats of another tool's plan as a subnet of a run, for `search.py --subnet` and `train.py subnet=`."""
+    from eqnet.deploy.interchange import read_plan, write_plan  # imports torch
+    from eqnet.subnet import describe_subnet
+
+    space = _read_space(_run_folder(file, run))
+    unnamed = None if unnamed_inputs is None else _act_format(unnamed_inputs)
+    config = read_plan(file, space, plan_format.value, unnamed)
+    source = {"file": str(file), "format": plan_format.value}
+    write_plan(output, {"source": source, **describe_subnet(config, space, {})})
+    make_console().print(f"saved {output}", markup=False, soft_wrap=True)
+
+
+@plan.command("schema")
+def print_schema() -> None:
+    """Prints the JSON Schema of subnet.json."""
+    print((files("eqnet") / "subnet.schema.json").read_text(), end="")
+
+
 @app.command("tune")
 def tune_settings(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="the job, e.g. configs/tune/digits.yaml")],
@@ -293,16 +353,30 @@ def _read_subnet(path: Path, run: Path | None) -> tuple[QuantConfig, QuantSpace]
     Raises:
         ValueError: a file is missing or damaged, or the subnet is not a config of the run.
     """
-    from eqnet.checkpoint import read_json  # imports torch, which the other commands do not need
-    from eqnet.subnet import read_subnet
+    from eqnet.subnet import read_subnet  # imports torch, which the other commands do not need
 
-    supernet = _run_folder(path, run) / "supernet.json"
-    header: Any = read_json(supernet)
-    try:
-        space = QuantSpace.from_json(header["space"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{supernet} does not describe a supernet: {str(error).rstrip('.')}.") from error
+    space = _read_space(_run_folder(path, run))
     return read_subnet(path, space), space
+
+
+def _read_space(folder: Path) -> QuantSpace:
+    """The space of a run. Raises ValueError if its file is missing or damaged."""
+    from eqnet.checkpoint import read_json  # imports torch
+
+    header: Any = read_json(folder / "supernet.json")
+    try:
+        return QuantSpace.from_json(header["space"])
+    except (KeyError, TypeError, ValueError) as error:
+        problem = str(error).rstrip(".")
+        raise ValueError(f"{folder / 'supernet.json'} does not describe a supernet: {problem}.") from error
+
+
+def _act_format(text: str) -> QuantFormat:
+    """'8-asym' as a format. Raises ValueError for anything else."""
+    bits, _, symmetry = text.partition("-")
+    if not bits.isdecimal() or symmetry not in ("sym", "asym"):
+        raise ValueError(f"{text!r} is not a format of inputs; write bits and symmetry, such as 8-asym or 4-sym.")
+    return QuantFormat(int(bits), symmetry == "sym")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -63,6 +64,13 @@ def tuned(source: Path) -> Path:
 
 def config_of(folder: Path) -> QuantConfig:
     return QuantConfig.from_json(json.loads((folder / "subnet.json").read_text())["layers"])
+
+
+def test_the_subnet_of_a_fine_tuned_run_follows_the_schema(tuned: Path) -> None:
+    document = json.loads((tuned / "subnet.json").read_text())
+    schema = json.loads((ROOT / "eqnet" / "subnet.schema.json").read_text())
+    jsonschema.validate(document, schema)
+    assert set(document) <= set(schema["properties"])
 
 
 def measured_on_test(call, subnet: Path, run: Path) -> float:
