@@ -25,7 +25,8 @@ from eqnet.settings import Settings, load_settings
 from eqnet.subnet import describe_subnet, save_subnet
 from eqnet.tracking import Tracker
 from eqnet.training.finetune import build_supernet, complete_settings, note_first_accuracy, store_subnet
-from eqnet.training.loop import Trainer, export_facts, make_accelerator
+from eqnet.training.loop import make_accelerator
+from eqnet.training.trainer import Trainer, export_facts
 
 SPLITS = ["validation", "test"]
 

@@ -37,7 +37,8 @@ from eqnet.scoring.evaluation import Evaluator, uniform_configs
 from eqnet.settings import Settings, dump_settings
 from eqnet.tracking import Tracker
 from eqnet.training.finetune import complete_settings, note_first_accuracy, store_subnet
-from eqnet.training.loop import DivergedError, Trainer, export_facts, make_accelerator
+from eqnet.training.loop import DivergedError, make_accelerator
+from eqnet.training.trainer import Trainer, export_facts
 
 RUN_LENGTH = {
     "train.epochs",
@@ -337,7 +338,7 @@ def _train(folder: Path, settings: Settings, data: DataSplits, console: Console)
 
     tracker = Tracker(folder, "none", settings.project, {})
     trainer = Trainer(run, accelerator, data, tracker, Console(quiet=True), measure)
-    steps = settings.train.epochs * len(trainer.batches)
+    steps = settings.train.epochs * len(trainer.loop.batches)
     score: float | None = None
     try:
         supernet = trainer.fit(run.newest_checkpoint()[0])

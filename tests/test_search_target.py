@@ -25,7 +25,7 @@ from eqnet.space import QuantConfig
 from eqnet.space.hardware import HardwareTarget, load_target, target_names
 from eqnet.space.latency import LatencyTable, LayerShape
 from eqnet.space.target_cost import container_bitops, container_size
-from eqnet.training.loop import export_facts
+from eqnet.training.trainer import export_facts
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = ["tracking=none", "search.generations=8", "search.population=20", "search.top_k=2", "search.rounds=2"]

@@ -26,9 +26,9 @@ from eqnet.run import target_spaces, training_space
 from eqnet.settings import SpaceSettings, TrainSettings, load_settings
 from eqnet.space import QuantConfig, QuantSpace, SandwichSampler
 from eqnet.space.hardware import load_target
-from eqnet.training.loop import step_configs
 from eqnet.training.losses import weight_distribution_loss
 from eqnet.training.step import regularised_weights, subnet_roles, supernet_step
+from eqnet.training.trainer import step_configs
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -294,7 +294,8 @@ DDP_SCRIPT = """
 import sys, torch
 from eqnet.command import start_cpu_processes
 start_cpu_processes()
-from eqnet.training.loop import make_accelerator, step_configs
+from eqnet.training.loop import make_accelerator
+from eqnet.training.trainer import step_configs
 from eqnet.settings import Settings, TrainSettings
 from eqnet.space import SandwichSampler
 from eqnet.training.step import supernet_step

@@ -1,4 +1,4 @@
-"""The training loop on accelerate: a float phase, then the supernet phase; one place for schedule, checkpoints, resume.
+"""The training loop on accelerate: one phase at a time; one place for schedule, checkpoints, resume, signals.
 
 EQ-Net (arXiv 2308.07650) section 4.1: Adam, cosine schedule per iteration, gradients clipped by value. Learning rates and
 configs are pure functions of (seed, step) and batches of (seed, epoch, batch), so a checkpoint holds only tensors, the
@@ -10,41 +10,32 @@ restores everything; the loss of every subnet is logged, not only that of the sm
 
 from __future__ import annotations
 
-import copy
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from timm.data.mixup import Mixup
-from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from eqnet.checkpoint import load_float_weights, save_tensors
 from eqnet.command import Interrupted
-from eqnet.data import Batches, DataSplits, calibration_batches
-from eqnet.nn.kernels import SCALE_EPS, Kernels, choose_kernels, traced_kernels
+from eqnet.data import Batches, DataSplits
+from eqnet.nn.kernels import SCALE_EPS
 from eqnet.nn.supernet import Supernet, kept_batch_norm
-from eqnet.run import Checkpoint, Run, create_float_model, target_spaces
+from eqnet.run import Checkpoint, Run
 from eqnet.settings import Settings
-from eqnet.space import QuantConfig, SandwichSampler
 from eqnet.tracking import Tracker
-from eqnet.training.finetune import build_supernet
-from eqnet.training.optimizer import SupernetAdamW, cosine, parameter_groups
-from eqnet.training.step import Criterion, supernet_step
+from eqnet.training.optimizer import cosine
 
 ComputeStep = Callable[[Tensor, Tensor, int], dict[str, Tensor]]
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # in the words of accelerate
-COMPILE_PAYS = 3e9  # quantized inputs of a whole run on CPU from which compiling, 10 to 20 s, saves more than it costs
 STOP_CHECK_STEPS = 10  # processes agree on a received signal this often
 
 
@@ -60,8 +51,39 @@ def make_accelerator(settings: Settings) -> Accelerator:
     return accelerator
 
 
-class Trainer:
-    """Trains the float model and the supernet of one run.
+@dataclass(frozen=True)
+class Phase:
+    """What one phase of training consists of.
+
+    Attributes:
+        name: of its checkpoints and figures.
+        model: what accelerate prepared.
+        optimizer: likewise.
+        epochs: its length.
+        compute: (images, labels, step) -> loss parts; accumulates the gradients of a step.
+        offset: optimizer steps of the phases before it, so that steps in the log run on.
+        warmup_epochs: of the learning rate.
+        supernet: the bare supernet whose step sizes are logged, if any.
+        ema: the moving average that follows it, if any.
+        evaluate: called with (bare model, step) every `train.evaluate_epochs`; returns figures to log.
+        evaluate_first: also evaluate and save before the first step.
+    """
+
+    name: str
+    model: nn.Module
+    optimizer: Any
+    epochs: int
+    compute: ComputeStep
+    offset: int = 0
+    warmup_epochs: float = 0.0
+    supernet: Supernet | None = None
+    ema: ModelEmaV3 | None = None
+    evaluate: Evaluate | None = None
+    evaluate_first: bool = False
+
+
+class Loop:
+    """Runs phases of one run.
 
     Args:
         run: the folder; its settings define everything.
@@ -69,22 +91,13 @@ class Trainer:
         data: the splits.
         tracker: receives figures.
         console: where progress is shown, on the main process.
-        evaluate: called with (bare model, step) every `evaluate_epochs` of the supernet phase; returns figures to log.
     """
 
     def __init__(
-        self,
-        run: Run,
-        accelerator: Accelerator,
-        data: DataSplits,
-        tracker: Tracker,
-        console: Console,
-        evaluate: Evaluate,
+        self, run: Run, accelerator: Accelerator, data: DataSplits, tracker: Tracker, console: Console
     ) -> None:
-        self.run, self.accelerator, self.data = run, accelerator, data
-        self.tracker, self.console, self.evaluate = tracker, console, evaluate
+        self.run, self.accelerator, self.tracker, self.console = run, accelerator, tracker, console
         self.settings = run.settings
-        self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.batches = Batches(
             data.train,
             self.settings.data.batch_size,
@@ -94,154 +107,23 @@ class Trainer:
             augment=self.settings.data.augment,
             mean=data.mean,
             std=data.std,
-            rank=self.rank,
-            world_size=self.world,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
             workers=self.settings.data.workers,
         )
         self._stop_signal = 0
 
-    # -- the two phases -----------------------------------------------------------------------------------------------
-
-    def fit(self, resume: Checkpoint | None) -> Supernet:
-        """Runs what is left of both phases and returns the trained supernet (its EMA if one is kept).
+    def train(self, phase: Phase, resume: Checkpoint | None) -> None:
+        """Runs what is left of a phase after the checkpoint `resume` of it (None: all of it).
 
         Raises:
+            ValueError: the checkpoint does not fit.
             DivergedError: the loss is not finite; the last checkpoint is intact.
-            Interrupted: SIGINT or SIGTERM arrived; a checkpoint was written.
+            Interrupted: a signal arrived within `catch_signals`; a checkpoint was written.
         """
-        with self._catch_signals():
-            model = self._float_phase(
-                resume if resume and resume.phase == "pretrain" else None,
-                done=resume is not None and resume.phase == "supernet",
-            )
-            return self._supernet_phase(model, resume if resume and resume.phase == "supernet" else None)
-
-    def _float_phase(self, resume: Checkpoint | None, done: bool) -> nn.Module:
-        s = self.settings
-        model = create_float_model(s.model, self.data.num_classes, self.data.input_size[0], weights=not done)
-        stored = self.run.path / "float.safetensors"
-        exists = stored.exists() and resume is None
-        self.accelerator.wait_for_everyone()  # before the main process writes it
-        if exists:
-            load_float_weights(model, stored)
-            return model.to(self.accelerator.device)
-        if s.pretrain_epochs:
-            model = self._to_device(model)
-            criterion, mix = self._criterion()
-
-            def compute(images: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
-                images, targets = mix(images, labels) if mix is not None else (images, labels)
-                with self.accelerator.autocast():
-                    logits = prepared(images)
-                loss = criterion(logits.float(), targets)
-                self.accelerator.backward(loss)
-                return {"task": loss.detach()}
-
-            groups = parameter_groups(
-                model, [], [], lr=s.pretrain.lr, step_size_lr=0.0, weight_decay=s.train.weight_decay
-            )
-            prepared, optimizer = self.accelerator.prepare(model, SupernetAdamW(groups))
-            self._phase("pretrain", prepared, optimizer, s.pretrain_epochs, compute, resume, warmup_epochs=1.0)
-            model = self.accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
-            self.accelerator.free_memory()
-        if self.accelerator.is_main_process:
-            save_tensors(stored, model.state_dict())
-        self.accelerator.wait_for_everyone()
-        return model.to(self.accelerator.device)
-
-    def _supernet_phase(self, model: nn.Module, resume: Checkpoint | None) -> Supernet:
-        s, t = self.settings, self.settings.train
-        teacher = None
-        if t.teacher == "float":
-            teacher = copy.deepcopy(model).eval().requires_grad_(False)
-        supernet = build_supernet(self.run, model, self.data.input_size)
-        if resume is None and s.supernet is not None:
-            supernet.inherit(Run.open(s.supernet).load_supernet()[0])
-        self._to_device(supernet)
-        if supernet.uncovered and self.accelerator.is_main_process:
-            self.console.print(f"left in floating point: {', '.join(supernet.uncovered)}", style="dim")
-        if resume is None and s.supernet is None:
-            count, device = t.calibration_images, self.accelerator.device
-            (images,) = calibration_batches(self.data, count, count, s.seed, device, s.data.workers)
-            supernet.calibrate(images)
-        supernet.use_kernels(self._kernels(supernet))
-        ema = None if t.ema_decay is None else ModelEmaV3(supernet, decay=t.ema_decay)
-        groups = parameter_groups(
-            supernet,
-            supernet.step_sizes(),
-            supernet.offsets(),
-            lr=t.lr,
-            step_size_lr=t.step_size_lr,
-            weight_decay=t.weight_decay,
-        )
-        wrapped: nn.Module = supernet
-        if t.sync_bn and self.world > 1 and self.accelerator.device.type == "cuda":
-            wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(supernet)
-        prepared, optimizer = self.accelerator.prepare(wrapped, SupernetAdamW(groups))
-        if ema is not None:
-            self.accelerator.register_for_checkpointing(ema)
-        parts = [] if s.subnet is not None else target_spaces(supernet.space, s.space.targets)
-        sampler = SandwichSampler(supernet.space, num_random=t.num_random, form_per=t.form_per, within=parts)
-        criterion, mix = self._criterion()
-        # training alone is compiled as a whole; evaluation in between runs the same modules uncompiled
-        trained: Any = torch.compile(prepared) if t.compile == "network" else prepared
-
-        def compute(images: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
-            images, targets = mix(images, labels) if mix is not None else (images, labels)
-            configs = step_configs(sampler, s.seed, step)
-            return supernet_step(
-                self.accelerator, trained, supernet, images, targets, configs, criterion, t, teacher=teacher
-            )
-
-        self._phase("supernet", prepared, optimizer, t.epochs, compute, resume, t.warmup_epochs, ema, supernet)
-        self.accelerator.unwrap_model(
-            prepared, keep_fp32_wrapper=False
-        )  # accelerate's autocast would stay in `forward`
-        result = supernet if ema is None else ema.module
-        assert isinstance(result, Supernet)
-        return result.eval()
-
-    def _kernels(self, supernet: Supernet) -> Kernels:
-        mode, device = self.settings.train.compile, self.accelerator.device
-        values = sum(layer.act_numel for layer in supernet.space.layers) * self.settings.data.batch_size // self.world
-        steps = self.settings.train.epochs * len(self.batches) * (2 + self.settings.train.num_random)
-        if mode == "auto" and device.type == "cpu" and values * steps < COMPILE_PAYS:
-            mode = "off"
-        if mode == "network":
-            choose_kernels("on", device)  # says so at once if nothing can be compiled
-            return traced_kernels()
-        return choose_kernels(mode, device)
-
-    def _to_device(self, model: nn.Module) -> nn.Module:
-        layout = torch.channels_last if self.settings.train.channels_last else torch.contiguous_format
-        return model.to(self.accelerator.device, memory_format=layout)  # type: ignore[call-overload, no-any-return]
-
-    def _criterion(self) -> tuple[Criterion, Mixup | None]:
-        t = self.settings.train
-        if t.mixup or t.cutmix:
-            if (self.settings.data.batch_size // self.world) % 2:
-                raise ValueError("train.mixup and train.cutmix need an even data.batch_size for each process.")
-            mix = Mixup(t.mixup, t.cutmix, label_smoothing=t.label_smoothing, num_classes=self.data.num_classes)
-            return SoftTargetCrossEntropy(), mix
-        return LabelSmoothingCrossEntropy(t.label_smoothing) if t.label_smoothing else nn.CrossEntropyLoss(), None
-
-    # -- what the phases share ----------------------------------------------------------------------------------------
-
-    def _phase(
-        self,
-        name: str,
-        model: nn.Module,
-        optimizer: Any,
-        epochs: int,
-        compute: ComputeStep,
-        resume: Checkpoint | None,
-        warmup_epochs: float,
-        ema: ModelEmaV3 | None = None,
-        supernet: Supernet | None = None,
-    ) -> None:
-        t, per_epoch = self.settings.train, len(self.batches)
-        total, warmup = epochs * per_epoch, round(warmup_epochs * per_epoch)
-        step, offset = 0, 0 if name == "pretrain" else self._float_steps()
+        t, per_epoch, optimizer = self.settings.train, len(self.batches), phase.optimizer
+        total, warmup = phase.epochs * per_epoch, round(phase.warmup_epochs * per_epoch)
+        step = 0
         if resume is not None:
             try:
                 self.accelerator.load_state(str(resume.path))
@@ -250,57 +132,56 @@ class Trainer:
                     f"{resume.path} belongs to another model or space: {str(error).splitlines()[0]}"
                 ) from error
             step = resume.step
-        self.tracker.rewind(offset + step)
+        self.tracker.rewind(phase.offset + step)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if supernet is not None and self.settings.subnet is not None and resume is None:
-            self._evaluate(supernet, offset)  # the subnet as it came
-            self.run.save_checkpoint(self.accelerator, name, 0)
-        model.train()
-        with self._bar(name, total, step) as advance:
+        if phase.evaluate_first and resume is None:
+            self._evaluate(phase, 0)
+            self.run.save_checkpoint(self.accelerator, phase.name, 0)
+        phase.model.train()
+        with self._bar(phase.name, total, step) as advance:
             while step < total:
                 epoch, first = divmod(step, per_epoch)
                 for images, labels in self.batches.epoch(epoch, first):
                     factor = cosine(step, total, warmup)
                     for group in optimizer.param_groups:
                         group["lr"] = group["peak_lr"] * factor
-                    parts = compute(images, labels, step)
+                    parts = phase.compute(images, labels, step)
                     if t.clip_value is not None:
                         self.accelerator.clip_grad_value_(parameters, t.clip_value)
                     if t.clip_norm is not None:
                         self.accelerator.clip_grad_norm_(parameters, t.clip_norm)
                     check = (step + 1) % t.log_steps == 0 or (step + 1) % t.checkpoint_steps == 0 or step + 1 == total
                     if check:
-                        self._check_finite(parts, name, step)
+                        self._check_finite(parts, phase.name, step)
                     optimizer.step()
                     optimizer.zero_grad()
                     step += 1
-                    if ema is not None:
-                        ema.update(supernet)
+                    if phase.ema is not None:
+                        phase.ema.update(phase.supernet)
                     if step % t.log_steps == 0 or step == total:
-                        self._log(name, parts, optimizer, offset + step, supernet)
+                        self._log(phase, parts, phase.offset + step)
                     advance(parts)
                     # before the checkpoint, so that a resumed run neither misses nor repeats an evaluation
                     due = t.evaluate_epochs and step % (t.evaluate_epochs * per_epoch) == 0 and step < total
-                    if supernet is not None and due:
-                        self._evaluate(supernet if ema is None else ema.module, offset + step)
-                        model.train()
+                    if phase.evaluate is not None and due:
+                        self._evaluate(phase, step)
+                        phase.model.train()
                     if self._stopping(step):
-                        self.run.save_checkpoint(self.accelerator, name, step)
+                        self.run.save_checkpoint(self.accelerator, phase.name, step)
                         raise Interrupted(
-                            f"stopped after step {step} of the {name} phase, saved; continue with --resume"
+                            f"stopped after step {step} of the {phase.name} phase, saved; continue with --resume"
                         )
                     if step % t.checkpoint_steps == 0 and step < total:
-                        self.run.save_checkpoint(self.accelerator, name, step)
-        self.run.save_checkpoint(self.accelerator, name, step)
+                        self.run.save_checkpoint(self.accelerator, phase.name, step)
+        self.run.save_checkpoint(self.accelerator, phase.name, step)
 
-    def _evaluate(self, supernet: nn.Module, step: int) -> None:
+    def _evaluate(self, phase: Phase, step: int) -> None:
         """Logs the chosen few; leaves configs and BN statistics as they were."""
-        with kept_batch_norm(supernet):
-            self.tracker.log(self.evaluate(supernet, step), step)
-
-    def _float_steps(self) -> int:
-        """Optimizer steps of the float phase, so that steps in the log run on."""
-        return self.settings.pretrain_epochs * len(self.batches)
+        model = phase.supernet if phase.ema is None else phase.ema.module
+        assert phase.evaluate is not None
+        assert model is not None
+        with kept_batch_norm(model):
+            self.tracker.log(phase.evaluate(model, phase.offset + step), phase.offset + step)
 
     def _check_finite(self, parts: Mapping[str, Tensor], phase: str, step: int) -> None:
         for name, value in parts.items():
@@ -310,23 +191,21 @@ class Trainer:
                     "the last checkpoint is kept: lower the learning rate (train.lr, pretrain.lr) or set train.clip_norm."
                 )
 
-    def _log(
-        self, phase: str, parts: Mapping[str, Tensor], optimizer: Any, step: int, supernet: Supernet | None
-    ) -> None:
-        names = list(parts)
+    def _log(self, phase: Phase, parts: Mapping[str, Tensor], step: int) -> None:
+        names, optimizer = list(parts), phase.optimizer
         values = self.accelerator.reduce(torch.stack([parts[n].float() for n in names]), reduction="mean").tolist()
-        figures = {f"{phase}/{n}": v for n, v in zip(names, values, strict=True)}
-        figures[f"{phase}/lr"] = optimizer.param_groups[0]["lr"]
-        figures[f"{phase}/step_size_lr"] = optimizer.param_groups[-1]["lr"]
+        figures = {f"{phase.name}/{n}": v for n, v in zip(names, values, strict=True)}
+        figures[f"{phase.name}/lr"] = optimizer.param_groups[0]["lr"]
+        figures[f"{phase.name}/step_size_lr"] = optimizer.param_groups[-1]["lr"]
         self.tracker.log(figures, step)
         if (
-            supernet is not None
+            phase.supernet is not None
             and step % (10 * self.settings.train.log_steps) == 0
             and self.accelerator.is_main_process
         ):
             scales = {
                 f"step_size/{n}": q.scale.detach().clamp_min(SCALE_EPS).log2().float().cpu().numpy()
-                for n, q in supernet.quantizers()
+                for n, q in phase.supernet.quantizers()
             }
             self.tracker.histograms(scales, step)
 
@@ -358,7 +237,9 @@ class Trainer:
     # -- signals ------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _catch_signals(self) -> Iterator[None]:
+    def catch_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end a phase after the step at hand."""
+
         def note(number: int, frame: Any) -> None:
             self._stop_signal = number
 
@@ -371,30 +252,10 @@ class Trainer:
 
     def _stopping(self, step: int) -> bool:
         """Whether to stop after this step; all processes answer alike."""
-        if self.world == 1:
+        if self.accelerator.num_processes == 1:
             return self._stop_signal != 0
         if step % STOP_CHECK_STEPS:
             return False
         flag = torch.tensor([float(self._stop_signal)], device=self.accelerator.device)
         self._stop_signal = int(self.accelerator.gather(flag).max())
         return self._stop_signal != 0
-
-
-def step_configs(sampler: SandwichSampler, seed: int, step: int) -> list[QuantConfig]:
-    """The configs of a step; the same on every process. A space without elastic bits needs one config only."""
-    configs = sampler.sample(np.random.default_rng((seed, step)))
-    bits = sampler.space.bits
-    static = all(len(set(bits[g, :n].tolist())) == 1 for g, n in enumerate(sampler.space.num_formats))
-    return configs[:1] if static else configs
-
-
-def export_facts(data: DataSplits, path: Path) -> dict[str, Any]:
-    """What a supernet file states about its inputs and outputs."""
-    return {
-        "run": path.name,
-        "num_classes": data.num_classes,
-        "class_names": list(data.class_names),
-        "input_size": list(data.input_size),
-        "mean": [float(m) for m in data.mean],
-        "std": [float(s) for s in data.std],
-    }
