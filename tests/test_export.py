@@ -19,7 +19,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from eqnet.deploy.codes import Grid, WeightCodes, fold_batch_norm, integer_bias
+from eqnet.deploy.codes import Grid, IntegerBias, WeightCodes, bias_in_finer_steps, fold_batch_norm, integer_bias
 from eqnet.deploy.export import export_onnx, export_torch, read_sidecar, sidecar_path
 from eqnet.nn.layers import QuantizedLayer
 from eqnet.nn.supernet import Supernet
@@ -163,15 +163,15 @@ def test_codes_and_step_sizes_are_those_of_the_subnet(name: str, folder: Path) -
         codes = arrays[f"{layer}/weight/codes"].astype(np.int16)
         zero = arrays[f"{layer}/weight/zero_point"].astype(np.int16).reshape(-1, *[1] * (codes.ndim - 1))
         centred = module.weight_codes.numpy().astype(np.int16) - module.weight_zero_point.numpy().astype(np.int16)
-        turned = facts["weight"]["turned"]
+        turned, shift = facts["weight"]["turned"], facts["weight"]["shift"]
         centred[turned] *= -1
-        assert np.array_equal(codes - zero, centred), layer
+        assert np.array_equal(codes - zero, centred * 2**shift), layer
         kept = [c for c in range(len(codes)) if c not in turned]
         if not facts["weight"]["zero_point"] or not turned:
-            assert np.array_equal(codes[kept], module.weight_codes.numpy()[kept])
+            assert np.array_equal(codes[kept], module.weight_codes.numpy()[kept].astype(np.int16) * 2**shift)
         if facts["batch_norm"] != "folded":
             assert np.array_equal(
-                np.broadcast_to(arrays[f"{layer}/weight/scale"].reshape(-1), len(codes)),
+                np.broadcast_to(arrays[f"{layer}/weight/scale"].reshape(-1), len(codes)) * 2**shift,
                 np.broadcast_to(module.weight_scale.numpy().reshape(-1), len(codes)),
             )
         act = facts["act"]
@@ -384,6 +384,60 @@ def test_integer_biases_are_off_by_half_a_step_at_most(dtype: Any) -> None:
     assert number.codes.dtype == np.dtype(dtype)
     if dtype == "int32":
         assert integer_bias(1e9 * bias, weight, grid, rule) == "it is out of the range of int32"
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_room_in_the_container_makes_biases_finer(bits: int) -> None:
+    """The weight is the same, bit for bit; its bias is off by half a step of the finer sums at most."""
+    rng, half = np.random.default_rng(bits), 2 ** (bits - 1)
+    codes = rng.integers(-half, half, (6, 4, 3, 3)).astype(np.int8)
+    scale, zero = rng.uniform(0.01, 0.1, 6).astype(np.float32), rng.integers(-half, half, 6).astype(np.int8)
+    weight, grid = WeightCodes(codes, scale, zero, 0, "int8"), Grid(0.3, 3, 0, 3, "uint8")
+    bias, rule = rng.standard_normal(6), BiasRule(dtype="int32", scale="weight_times_act")
+    finer, number = bias_in_finer_steps(bias, weight, bits, grid, rule)
+    assert isinstance(number, IntegerBias)
+    assert finer.shift == max(7 - bits, 0)
+    along = (-1, 1, 1, 1)
+    values = weight.centred * weight.scale.reshape(along)
+    assert np.array_equal(finer.centred * finer.scale.reshape(along), values)
+    assert int(np.abs(finer.codes.astype(int)).max()) <= (64 if bits < 8 else 128)
+    assert (np.abs(number.codes * number.scale - bias) <= 0.5001 * scale * 0.3 / 2.0**finer.shift).all()
+
+
+def test_a_bias_takes_as_much_room_as_fits_into_32_bits() -> None:
+    weight = dataclasses.replace(some_codes(np.random.default_rng(0)), codes=np.ones((6, 4, 3, 3), np.int8))
+    bias = 2.0**29 * weight.scale.astype(np.float64)
+    rule = BiasRule(dtype="int32", scale="weight_times_act")
+    finer, number = bias_in_finer_steps(bias, weight, 2, Grid(1.0, 0, 0, 3, "uint8"), rule)
+    assert (finer.shift, number.error if isinstance(number, IntegerBias) else number) == (1, 0.0)
+    kept, reason = bias_in_finer_steps(8 * bias, weight, 2, Grid(1.0, 0, 0, 3, "uint8"), rule)
+    assert (kept, reason) == (weight, "it is out of the range of int32")
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_biased_products_of_three_dimensions_run_on_integers(batch: int | None, tmp_path: Path) -> None:
+    """Whether the number of images is open or not; onnxruntime writes the product differently then."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.second(torch.tanh(self.first(x.flatten(1, 2))))
+            return result
+
+    target = load_target("onnxruntime-x86")
+    subnet, config, supernet = make_subnet(Tokens(), target)
+    path = tmp_path / "net.onnx"
+    description = export(subnet, config, supernet, target, path, batch=batch)
+    assert [layer["bias"]["dtype"] for layer in description["layers"].values()] == ["int32"] * 2
+    x = images(2, 2)
+    out = run_onnxruntime(path, x, True, tmp_path / "optimized.onnx")
+    kernels = ops(tmp_path / "optimized.onnx")
+    assert kernels["QGemm"] + kernels["MatMulIntegerToFloat"] == 2
+    assert kernels["Gemm"] + kernels["MatMul"] == 0
+    assert np.abs(out - subnet(x).detach().numpy()).max() < 0.05 * np.abs(out).max()
 
 
 # -- the files --------------------------------------------------------------------------------------------------------

@@ -45,8 +45,10 @@ class Case:
     act_zero: int = 128
     clip: tuple[int, int] | None = None
     bias: bool = True
+    integer_bias: bool = True  # behind a matrix product
     quantized_output: bool = True
     zero_point_input: bool = True
+    pooled: bool = False  # the strides of op "strided"
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -54,7 +56,12 @@ class Case:
 
     def build(self) -> Any:
         rng, n = np.random.default_rng(0), 16
-        shape = {"conv": (n, 16, 3, 3), "depthwise": (n, 1, 3, 3), "transposed": (16, n, 3, 3)}.get(self.op, (n, 16))
+        shape = {
+            "conv": (n, 16, 3, 3),
+            "strided": (n, 16, 1, 1),
+            "depthwise": (n, 1, 3, 3),
+            "transposed": (16, n, 3, 3),
+        }.get(self.op, (n, 16))
         axis = 1 if self.op in ("transposed", "matmul") else 0
         half = 2 ** (self.bits - 1)
         codes = rng.integers(-half, half, shape).astype(np.int8)
@@ -73,7 +80,12 @@ class Case:
             y = g.node("Gemm", [x, w, *b[: self.bias]], "layer", transB=1)
         elif self.op == "matmul":
             y = g.node("MatMul", [x, w], "layer")
-            y = g.node("Add", [y, g.constant("offset", np.ones(n, np.float32))], "sum") if self.bias else y
+            offset = b[0] if self.integer_bias else g.constant("offset", np.ones(n, np.float32))
+            y = g.node("Add", [y, offset], "sum") if self.bias else y
+        elif self.op == "strided":
+            stride = [1, 1] if self.pooled else [2, 2]
+            x = g.node("MaxPool", [x], "pool", kernel_shape=[1, 1], strides=[2, 2]) if self.pooled else x
+            y = g.node("Conv", [x, w, *b[: self.bias]], "layer", kernel_shape=[1, 1], strides=stride)
         elif self.op == "transposed":
             y = g.node("ConvTranspose", [x, w, *b[: self.bias]], "layer", pads=pads, kernel_shape=kernel)
         else:
@@ -113,6 +125,7 @@ W8 = {"bits": 8}
         (replace(CONV, bits=4), "QLinearConv"),
         (replace(CONV, bits=2), "QLinearConv"),
         (replace(CONV, op="depthwise"), "QLinearConv"),
+        (replace(CONV, op="strided"), "QLinearConv"),
         (replace(CONV, clip=(0, 15), act_zero=8), "QLinearConv"),
         (replace(CONV, act=np.int8, act_zero=0), "QLinearConv"),
         (LINEAR, "QGemm"),
@@ -123,6 +136,8 @@ W8 = {"bits": 8}
         (replace(MATMUL, bias=False, weight_zero=True), "QLinearMatMul"),
         (replace(MATMUL, bias=False, quantized_output=False), "MatMulIntegerToFloat"),
         (MATMUL, "QGemm"),
+        (replace(MATMUL, integer_bias=False), "QGemm"),
+        (replace(MATMUL, quantized_output=False), "QGemm"),
     ],
     ids=str,
 )
@@ -139,7 +154,7 @@ def test_onnxruntime_runs_codes_in_int8_on_integers(case: Case, name: str) -> No
         replace(CONV, quantized_output=False),
         replace(CONV, act=np.int8, act_zero=0, clip=(-8, 7)),
         replace(CONV, op="transposed"),
-        replace(MATMUL, quantized_output=False),
+        replace(MATMUL, quantized_output=False, integer_bias=False),
         replace(LINEAR, zero_point_input=False),
     ],
     ids=str,
@@ -191,9 +206,11 @@ def test_onnxruntime_quantizes_float_inputs_of_weight_only_products_by_itself() 
         replace(CONV, clip=(0, 15), act_zero=8),
         replace(CONV, act=np.int8, act_zero=0),
         replace(CONV, quantized_output=False),
+        replace(CONV, op="strided", pooled=True),
         LINEAR,
         replace(LINEAR, quantized_output=False),
         replace(MATMUL, quantized_output=False),
+        replace(MATMUL, quantized_output=False, integer_bias=False),
         replace(CONV, op="transposed", act=np.int8, act_zero=0),
     ],
     ids=str,
@@ -209,6 +226,7 @@ def test_openvino_runs_symmetric_codes_in_int8_on_integers(case: Case) -> None:
         replace(CONV, bits=4, container="int4"),
         replace(CONV, act=np.uint16, act_zero=32768),
         replace(CONV, op="transposed"),
+        replace(CONV, op="strided"),
         replace(LINEAR, bits=4, container="int4"),
     ],
     ids=str,

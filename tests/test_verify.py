@@ -187,13 +187,21 @@ def test_accuracy_and_agreement_are_those_of_the_outputs(ort_case: Case) -> None
 def test_openvino_passes_with_integer_kernels(openvino_case: Case) -> None:
     certificate = openvino_case.verify()
     assert certificate.errors == []
+    between = certificate.results["simulation_and_reference"]["layer_by_layer"]
+    assert between["codes"] == sum(32 * n for n in (3 * 64, 8 * 64, 8 * 64, 8 * 16, 12))
+    assert between["share"] < 1e-4
     assert all(figures["kernel"].lower().endswith("i8") for figures in certificate.layers.values())
 
 
 def test_targets_that_do_not_run_here_are_checked_by_their_rules(tmp_path: Path) -> None:
     certificate = make("tensorrt", tmp_path, act_symmetric=True).verify()
     assert certificate.errors == []
-    assert [line.step for line in certificate.lines if line.verdict == "pass"] == ["rules", "integers", "unoptimized"]
+    assert [line.step for line in certificate.lines if line.verdict == "pass"] == [
+        "rules",
+        "integers",
+        "integers",
+        "unoptimized",
+    ]
     assert any("does not run here" in line.text for line in certificate.lines)
 
 
@@ -242,6 +250,28 @@ def test_one_changed_step_size_of_a_weight_is_found(damaged: Any) -> None:
     certificate = damaged(lambda model: rewrite(model, "point/weight/scale", change))
     assert named(certificate, "integers") == {"point"}
     assert named(certificate, "rules") == {"point"}  # the bias no longer has the step size of the sums
+
+
+def test_codes_on_finer_steps_than_described_are_found(damaged: Any) -> None:
+    def change(codes: np.ndarray) -> None:
+        codes[0, 0] += 1  # of 3 bits, stored as multiples of 16
+
+    certificate = damaged(lambda model: rewrite(model, "point/weight/codes", change))
+    assert named(certificate, "rules") == named(certificate, "integers") == {"point"}
+    assert any("no multiples of 16" in line.text for line in certificate.errors)
+
+
+def test_an_operation_between_two_layers_is_compared_too(openvino_case: Case, tmp_path: Path) -> None:
+    """Weights and quantizers are right; what computes from one layer to the next is not."""
+    model = onnx.load(openvino_case.path)
+    (addition,) = [node for node in model.graph.node if node.op_type == "Add"]
+    addition.op_type = "Sub"
+    path = tmp_path / "damaged.onnx"
+    path.write_bytes(model.SerializeToString())
+    facts = json.loads(sidecar_path(openvino_case.path).read_text())
+    facts["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    sidecar_path(path).write_text(json.dumps(facts))
+    assert named(openvino_case._replace(path=path).verify(), "integers") == {"deep"}
 
 
 def test_a_changed_step_size_of_an_input_is_found(damaged: Any) -> None:

@@ -70,6 +70,7 @@ class WeightCodes:
         axis: of the output channels.
         container: of a code.
         turned: channels whose codes changed their sign.
+        shift: codes and zero point are 2**shift times those of the subnet, the step size 2**-shift times.
     """
 
     codes: NDArray[np.int8]
@@ -78,6 +79,13 @@ class WeightCodes:
     axis: int
     container: Container
     turned: tuple[int, ...] = ()
+    shift: int = 0
+
+    def shifted(self, by: int) -> WeightCodes:
+        """The same weight, exactly, on a step size `2**-by` times as large."""
+        codes, zero = self.codes << by, self.zero_point << by
+        scale = self.scale * np.float32(2.0**-by)
+        return dataclasses.replace(self, codes=codes, zero_point=zero, scale=scale, shift=self.shift + by)
 
     @property
     def centred(self) -> NDArray[np.int16]:
@@ -235,6 +243,31 @@ def integer_bias(bias: Floats, weight: WeightCodes, grid: Grid, rule: BiasRule) 
         return f"it is out of the range of {rule.dtype}"
     error = float(np.abs(codes * scale.astype(np.float64) - bias).max())
     return IntegerBias(codes.astype(dtype), scale, error)
+
+
+def bias_in_finer_steps(
+    bias: Floats, weight: WeightCodes, bits: int, grid: Grid, rule: BiasRule
+) -> tuple[WeightCodes, IntegerBias | str]:
+    """The weight and its bias on the finest step size of the sums that the container of narrow codes allows.
+
+    The step size of the sums of few bits is coarse, and so is a bias in its multiples. Codes of `bits` bits leave room in
+    their container: `2**k` times the codes with `2**-k` times the step size are the same weight, and their bias is off by
+    `2**-k` times as much. One bit of the container stays free, for turned signs and for CPUs whose sums of 8-bit products
+    saturate.
+
+    Args:
+        bias: float64 [C].
+        weight: codes of `bits` bits.
+        bits: of a code.
+        grid, rule: as for `integer_bias`.
+    """
+    free = LIMITS[weight.container][1].bit_length() - bits
+    for by in range(free if rule.scale != "power_of_two" else 0, 0, -1):
+        finer = weight.shifted(by)
+        number = integer_bias(bias, finer, grid, rule)
+        if isinstance(number, IntegerBias) and float(finer.scale.min()) >= _SMALLEST_STEP:
+            return finer, number
+    return weight, integer_bias(bias, weight, grid, rule)
 
 
 def batch_norm_affine(gain: Floats, shift: Floats, mean: Floats, var: Floats, eps: float) -> tuple[Floats, Floats]:

@@ -10,7 +10,8 @@
      "layers": {layer: {
          "nodes": [names], "op": "Conv" | "ConvTranspose" | "Gemm" | "MatMul" | another, "kernel": "integer" | "float",
          "reason": null | why it is computed in floating point,
-         "weight": {"bits", "container", "granularity": of the scale in the file, "zero_point": bool, "turned": [channels]},
+         "weight": {"bits", "container", "granularity": of the scale in the file, "zero_point": bool, "turned": [channels],
+                    "shift": k},
          "act": null | {"bits", "scale", "zero_point", "low", "high", "container"},
          "bias": null | {"dtype", "error": largest absolute rounding, "reason": null | why not as the target's rule says},
          "batch_norm": null | "folded" | why not}},
@@ -18,7 +19,7 @@
      "source": {"run", "subnet", "sha256"} | {}, "versions": {...}}
 
 Low and high are codes; `value = (code - zero_point) * scale`. In a layer that turned channels, their codes (and so the sign
-of BN's factor) are negated or complemented. The ONNX file is written first: a description always belongs to a whole file.
+of BN's factor) are negated or complemented. Codes of weights are `2**shift` times the trained ones. The ONNX file is written first: a description always belongs to a whole file.
 """
 
 from __future__ import annotations
@@ -112,6 +113,8 @@ def export_onnx(
     passes.find_nodes(graph, found)
     passes.fold_norms(graph, found, target)
     passes.write_inputs(graph, found)
+    passes.pool_strides(graph, found)
+    passes.round_biases(found)
     passes.write_weights(graph, found)
     passes.write_biases(graph, found)
     wanted, grids = places(graph, found, target), {}
@@ -257,7 +260,12 @@ def _describe(layer: Layer) -> dict[str, Any]:
         reason = "the target has no integer kernel for this operation"
     elif not layer.integer:
         reason = f"its weight is read by {layer.nodes[0].op_type}"
-    bias = {"dtype": layer.bias_dtype, "error": layer.bias_error, "reason": layer.bias_reason}
+    rounded = layer.rounded
+    bias = {
+        "dtype": "float32" if rounded is None else rounded.codes.dtype.name,
+        "error": 0.0 if rounded is None else rounded.error,
+        "reason": layer.bias_reason,
+    }
     return {
         "nodes": [node.name for node in layer.nodes],
         "op": layer.nodes[0].op_type,
@@ -269,6 +277,7 @@ def _describe(layer: Layer) -> dict[str, Any]:
             "granularity": "tensor" if weight.scale.size == 1 else "channel",
             "zero_point": bool(weight.zero_point.any()),
             "turned": list(weight.turned),
+            "shift": weight.shift,
         },
         "act": None if layer.grid is None or act is None else {"bits": act.bits, **layer.grid.to_json()},
         "bias": None if layer.bias is None else bias,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,22 +164,32 @@ def compare_codes(exported: Exported, session: Session, images: Array) -> LocalD
         session: of a runtime, loaded with codes as outputs.
         images: float32 [N, C, H, W].
     """
+    found = LocalDifference({})
+    for x in exported.chunks(images):
+        add_differences(found, exported, x, session.run(x))
+    return found
+
+
+def add_differences(into: LocalDifference, exported: Exported, images: Array, theirs: Mapping[str, Array]) -> None:
+    """Counts where codes differ from what the reference makes of the codes before them.
+
+    Args:
+        into: gets the counts.
+        exported: the file.
+        images: float32 [N, C, H, W].
+        theirs: tensors of codes and the output for these images, by the names of the file.
+    """
     reference, output = exported.reference, exported.output
     inputs = {node.output[0]: node.input[0] for node in reference.nodes if node.op_type == "QuantizeLinear"}
-    found: dict[str, CodeDifference] = {}
-    error = 0.0
-    for x in exported.chunks(images):
-        theirs = session.run(x)
-        codes = {name: theirs[name] for name in reference.quantizers if name in theirs}
-        ours = reference.run({exported.input: x}, [*codes, *inputs.values(), output], codes)
-        for name, own in ours.items():
-            if name in codes:
-                before = ours[inputs[name]] if name in inputs else None
-                _count(
-                    found.setdefault(name, CodeDifference()), own, codes[name], before, reference.quantizers[name].scale
-                )
-        error = max(error, float(np.abs(ours[output] - theirs[output]).max() / max(np.abs(ours[output]).max(), 1e-30)))
-    return LocalDifference(found, error)
+    codes = {name: theirs[name] for name in reference.quantizers if name in theirs}
+    ours = reference.run({exported.input: images}, [*codes, *inputs.values(), output], codes)
+    for name, other in codes.items():
+        before = ours[inputs[name]] if name in inputs else None
+        _count(
+            into.codes.setdefault(name, CodeDifference()), ours[name], other, before, reference.quantizers[name].scale
+        )
+    error = float(np.abs(ours[output] - theirs[output]).max() / max(np.abs(ours[output]).max(), 1e-30))
+    into.error = max(into.error, error)
 
 
 def _count(into: CodeDifference, own: Array, other: Array, before: Array | None, scale: Array) -> None:

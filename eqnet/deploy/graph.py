@@ -1,7 +1,8 @@
 """Passes over the ONNX graph of a subnet: integers take the places that `trace.py` marked, and BN goes into them.
 
-Order: find the layers, fold BN, absorb clips into input grids, write quantizers and biases, then quantize what the target
-needs quantized besides (`outputs.py`). Each pass is exact, except integer biases (off by at most half a step) and added quantizers.
+Order: find the layers, fold BN, absorb clips into input grids, round biases, write quantizers, weights and biases, then quantize
+what the target needs quantized besides (`outputs.py`). Each pass is exact, except integer biases (off by at most half a step) and
+added quantizers.
 
 Names: the node of a layer has the layer's name (a second call of it `name#2`). What belongs to it begins with that name:
 `name/weight/codes|scale|zero_point|dequantize`, `name/act/scale|zero_point|quantize|clip|dequantize`, `name/bias/...`,
@@ -22,11 +23,12 @@ from torch import nn
 from eqnet.deploy.codes import (
     Floats,
     Grid,
+    IntegerBias,
     WeightCodes,
     batch_norm_affine,
+    bias_in_finer_steps,
     fold_batch_norm,
     input_grid,
-    integer_bias,
     weight_codes,
 )
 from eqnet.deploy.trace import DOMAIN, INPUT, LAYER, WEIGHT, quantized_layers
@@ -49,7 +51,7 @@ class Layer:
         nodes: the node of each call.
         bias: float64 [C] after folding, None if there is none.
         batch_norm: "folded", why it was not, or None if there is none.
-        bias_dtype, bias_error: as written; the error is absolute.
+        rounded: the bias in integers; None where it stays in floating point.
         bias_reason: why the bias is not what the target's rule says.
     """
 
@@ -61,8 +63,7 @@ class Layer:
     nodes: list[ir.Node] = field(default_factory=list)
     bias: Floats | None = None
     batch_norm: str | None = None
-    bias_dtype: str | None = None
-    bias_error: float = 0.0
+    rounded: IntegerBias | None = None
     bias_reason: str | None = None
 
     @property
@@ -175,7 +176,8 @@ def find_nodes(graph: ir.Graph, layers: Mapping[str, Layer]) -> None:
             if reader not in layer.nodes:
                 layer.nodes.append(reader)
                 reader.name = layer.name if len(layer.nodes) == 1 else f"{layer.name}#{len(layer.nodes)}"
-        bias = array_of(_bias_value(layer.nodes[0])) if layer.nodes else None
+        place = _bias_of(layer.nodes[0]) if layer.nodes else None
+        bias = None if place is None else array_of(place[0].inputs[place[1]])
         layer.bias = None if bias is None else bias.astype(np.float64)
     for layer in layers.values():
         if not layer.nodes:
@@ -192,9 +194,17 @@ def _readers(marker: ir.Node) -> list[ir.Node]:
     return nodes
 
 
-def _bias_value(node: ir.Node) -> ir.Value | None:
-    has_bias = node.op_type in ("Conv", "ConvTranspose", "Gemm") and len(node.inputs) > 2
-    return node.inputs[2] if has_bias else None
+def _bias_of(node: ir.Node) -> tuple[ir.Node, int] | None:
+    """The node and the input that hold the bias of a layer: behind a matrix product an addition of one constant per channel."""
+    if node.op_type != "MatMul":
+        has_bias = node.op_type in ("Conv", "ConvTranspose", "Gemm") and len(node.inputs) > 2
+        return (node, 2) if has_bias else None
+    following = only_consumer(node.outputs[0])
+    if following is None or following.op_type != "Add":
+        return None
+    position = 1 - list(following.inputs).index(node.outputs[0])
+    array = array_of(following.inputs[position])
+    return (following, position) if array is not None and array.ndim == 1 else None
 
 
 def fold_norms(graph: ir.Graph, layers: Mapping[str, Layer], target: HardwareTarget) -> None:
@@ -295,6 +305,29 @@ def write_inputs(graph: ir.Graph, layers: Mapping[str, Layer]) -> None:
         graph.remove(marker, safe=True)
 
 
+def pool_strides(graph: ir.Graph, layers: Mapping[str, Layer]) -> None:
+    """Gives the strides of 1x1 convolutions to a pooling of 1x1 in front of them, where the target asks for it."""
+    for layer in layers.values():
+        if layer.rules.pointwise_stride != "pooled" or not layer.integer:
+            continue
+        for node in layer.nodes:
+            ones = [1] * len(layer.info.weight_shape[2:])
+            strides = list(node.attributes.get_ints("strides", ones))
+            if node.op_type != "Conv" or list(layer.info.weight_shape[2:]) != ones or strides == ones:
+                continue
+            if any(node.attributes.get_ints("pads", [0])):
+                continue
+            x = node.inputs[0]
+            assert x is not None
+            pool = new_node(
+                "MaxPool", [x], f"{node.name}/act/pool", node.outputs[0], x.dtype, kernel_shape=ones, strides=strides
+            )
+            pool.outputs[0].shape = None
+            graph.insert_before(node, [pool])
+            node.replace_input_with(0, pool.outputs[0])
+            node.attributes["strides"] = ir.AttrInt64s("strides", ones)
+
+
 def write_weights(graph: ir.Graph, layers: Mapping[str, Layer]) -> None:
     """Replaces the marked weights by DequantizeLinear of the codes; a transposition goes into the codes."""
     for marker in [node for node in graph if (node.domain, node.op_type) == (DOMAIN, WEIGHT)]:
@@ -330,36 +363,44 @@ def _weight_node(graph: ir.Graph, layer: Layer, marker: ir.Node, transposed: boo
     return node
 
 
-def write_biases(graph: ir.Graph, layers: Mapping[str, Layer]) -> None:
-    """Writes the biases as the target's rule says; those behind matrix products stay additions in floating point."""
+def round_biases(layers: Mapping[str, Layer]) -> None:
+    """Biases in integers where the target's rule says so; low-bit weights get finer step sizes for them, at the same values."""
     for layer in layers.values():
-        if layer.bias is None:
+        rule, bits = layer.rules.bias, layer.chosen.weight.bits
+        if layer.bias is None or layer.grid is None or not layer.integer or rule.dtype == "float32":
             continue
-        rule, number = layer.rules.bias, None
-        layer.bias_dtype = "float32"
-        if layer.integer and rule.dtype != "float32" and layer.grid is not None:
-            number = integer_bias(layer.bias, layer.weight, layer.grid, rule)
+        layer.weight, number = bias_in_finer_steps(layer.bias, layer.weight, bits, layer.grid, rule)
         if isinstance(number, str):
-            layer.bias_reason, number = number, None
-        for node in layer.nodes:
-            if number is None:
-                value = constant(graph, f"{layer.name}/bias", layer.bias.astype(np.float32))
-            else:
-                layer.bias_dtype, layer.bias_error = rule.dtype, number.error
-                name = f"{layer.name}/bias"
-                inputs = [
-                    constant(graph, f"{name}/codes", number.codes),
-                    constant(graph, f"{name}/scale", _per_channel(number.scale)),
-                    constant(
-                        graph, f"{name}/zero_point", np.zeros(_per_channel(number.scale).shape, number.codes.dtype)
-                    ),
-                ]
-                axis = {} if number.scale.size == 1 else {"axis": 0}
-                dequantize = new_node(
-                    "DequantizeLinear", inputs, f"{node.name}/bias/dequantize", inputs[0], ir.DataType.FLOAT, **axis
-                )
-                graph.insert_before(node, [dequantize])
-                value = dequantize.outputs[0]
-            if len(node.inputs) < 3:
+            layer.bias_reason = number
+        else:
+            layer.rounded = number
+
+
+def write_biases(graph: ir.Graph, layers: Mapping[str, Layer]) -> None:
+    """Writes the biases, in integers or in floating point."""
+    for layer in layers.values():
+        for node in layer.nodes if layer.bias is not None else []:
+            place, value = _bias_of(node), _bias_value(graph, layer, node)
+            if place is None:  # BN gave the layer its bias
                 node.resize_inputs(3)
-            node.replace_input_with(2, value)
+            reader, position = place or (node, 2)
+            reader.replace_input_with(position, value)
+
+
+def _bias_value(graph: ir.Graph, layer: Layer, node: ir.Node) -> ir.Value:
+    name, number = f"{layer.name}/bias", layer.rounded
+    assert layer.bias is not None
+    if number is None:
+        return constant(graph, name, layer.bias.astype(np.float32))
+    zero = np.zeros(_per_channel(number.scale).shape, number.codes.dtype)
+    inputs = [
+        constant(graph, f"{name}/codes", number.codes),
+        constant(graph, f"{name}/scale", _per_channel(number.scale)),
+        constant(graph, f"{name}/zero_point", zero),
+    ]
+    axis = {} if number.scale.size == 1 else {"axis": 0}
+    dequantize = new_node(
+        "DequantizeLinear", inputs, f"{node.name}/bias/dequantize", inputs[0], ir.DataType.FLOAT, **axis
+    )
+    graph.insert_before(node, [dequantize])
+    return dequantize.outputs[0]

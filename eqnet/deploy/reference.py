@@ -24,13 +24,12 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from eqnet.deploy.products import PRODUCTS, attribute, channel_axis, padding, product
+
 Array = NDArray[Any]
 Operation = Callable[[Any, list[Any]], list[Any]]  # (node, inputs) -> outputs
-PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")  # what a quantized layer is in the graph
 _MOVES = ("Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
 _INT32 = (-(2**31), 2**31 - 1)
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +84,10 @@ class Quantizer:
         rounded = np.round(x.astype(np.float32, copy=False) / along(self.scale, self.axis, x.ndim)) + zero
         return np.clip(rounded, self.low, self.high).astype(self.dtype)
 
+    def from_centred(self, centred: Array) -> Array:
+        """Codes, in the container's dtype, of codes minus zero point."""
+        return (centred + along(self.zero_point.astype(np.float64), self.axis, centred.ndim)).astype(self.dtype)
+
     def centred(self, codes: Array) -> NDArray[np.float64]:
         """Codes minus zero point."""
         return codes.astype(np.float64) - along(self.zero_point.astype(np.float64), self.axis, codes.ndim)
@@ -100,6 +103,7 @@ class IntegerLayer:
         weight: dequantized codes.
         act: quantizer of the input; None if the input is in floating point.
         codes: name of the tensor of input codes, "" without a quantizer.
+        strides: of a pooling of 1x1 kernel between the codes and the node, () for none.
     """
 
     name: str
@@ -107,6 +111,7 @@ class IntegerLayer:
     weight: Dequantized
     act: Quantizer | None
     codes: str
+    strides: tuple[int, ...] = ()
 
     def sums(self, centred: NDArray[np.float64]) -> NDArray[np.float64]:
         """Accumulators without bias, exact, of input codes minus zero point.
@@ -114,7 +119,9 @@ class IntegerLayer:
         Raises:
             ValueError: a sum does not fit into 32 bits.
         """
-        return _checked(self.name, _product(self.node, centred, self.weight.integers))
+        cut = [slice(None, None, stride) for stride in self.strides]
+        read = centred[(slice(None), slice(None), *cut)] if cut else centred
+        return _checked(self.name, product(self.node, read, self.weight.integers))
 
     @property
     def scale(self) -> NDArray[np.float32]:
@@ -200,12 +207,23 @@ class IntegerReference:
             weight = self._constants.get(node.input[1])
             if not isinstance(weight, Dequantized):
                 continue
-            producer = self.nodes[self._producer[node.input[0]]] if node.input[0] in self._producer else None
+            producer, strides = self._producer_of(node), ()
+            if (
+                producer is not None
+                and producer.op_type == "MaxPool"
+                and set(attribute(producer, "kernel_shape", [])) == {1}
+            ):
+                strides = tuple(attribute(producer, "strides", []))
+                producer = self._producer_of(producer)
             dequantizes = producer is not None and producer.op_type == "DequantizeLinear"
-            codes = producer.input[0] if dequantizes else ""  # type: ignore[union-attr]
+            codes = producer.input[0] if dequantizes else ""
             name = node.name or node.output[0]
-            found[name] = IntegerLayer(name, node, weight, self.quantizers.get(codes), codes)
+            found[name] = IntegerLayer(name, node, weight, self.quantizers.get(codes), codes, strides)
         return found
+
+    def _producer_of(self, node: Any) -> Any:
+        """The node that makes the first input of another, None for inputs of the graph and constants."""
+        return self.nodes[self._producer[node.input[0]]] if node.input[0] in self._producer else None
 
     def constant(self, name: str) -> Array | None:
         """The value of a tensor that no input changes, None for any other; float32 if it is on a grid."""
@@ -215,6 +233,15 @@ class IntegerReference:
         """A constant tensor that is stored as integers, None for any other."""
         value = self._constants.get(name)
         return value if isinstance(value, Dequantized) else None
+
+    def bias_of(self, node: Any) -> str:
+        """The bias of a product, "" if it has none; behind a matrix product, what an addition gives it."""
+        if len(node.input) > 2:
+            return str(node.input[2])
+        readers = [n for n in self.nodes if node.output[0] in n.input]
+        if node.op_type != "MatMul" or len(readers) != 1 or readers[0].op_type != "Add":
+            return ""
+        return next((str(name) for name in readers[0].input if name != node.output[0]), "")
 
     # -- execution ----------------------------------------------------------------------------------------------------
 
@@ -261,17 +288,6 @@ class IntegerReference:
             return own
         by_onnx = _by_onnx(node, self._opsets)
         return functools.partial(_move, by_onnx) if node.op_type in _MOVES else by_onnx
-
-
-def attribute(node: Any, name: str, default: Any) -> Any:
-    """An attribute of a node, or its default; texts as str."""
-    from onnx import helper
-
-    for a in node.attribute:
-        if a.name == name:
-            value = helper.get_attribute_value(a)
-            return value.decode() if isinstance(value, bytes) else value
-    return default
 
 
 def integer_range(dtype: Any) -> tuple[int, int]:
@@ -327,10 +343,10 @@ def _layer(node: Any, inputs: list[Any]) -> list[Any]:
     x, w, bias = (*inputs, None)[:3]
     name = node.name or node.output[0]
     on_grid = isinstance(x, Dequantized) and isinstance(w, Dequantized) and x.scale.size == 1
-    if not on_grid or not (w.scale.size == 1 or w.axis == _channel_axis(node, w.integers.ndim)):
-        out = _product(node, _array(x).astype(np.float64), _array(w).astype(np.float64))
+    if not on_grid or not (w.scale.size == 1 or w.axis == channel_axis(node, w.integers.ndim)):
+        out = product(node, _array(x).astype(np.float64), _array(w).astype(np.float64))
         return [_plus(out.astype(np.float32), node, bias)]
-    integers = _checked(name, _product(node, x.integers, w.integers))
+    integers = _checked(name, product(node, x.integers, w.integers))
     scale, _ = _sum_scale(node, x.scale, w)
     sums = Dequantized(integers, scale, integers.ndim - 1 if node.op_type in ("Gemm", "MatMul") else 1)
     if isinstance(bias, Dequantized):
@@ -363,65 +379,12 @@ def _checked(name: str, sums: NDArray[np.float64]) -> NDArray[np.float64]:
     return sums
 
 
-def _channel_axis(node: Any, ndim: int) -> int:
-    """Axis of the output channels of a weight."""
-    if node.op_type == "Conv":
-        return 0
-    if node.op_type == "Gemm":
-        return 0 if attribute(node, "transB", 0) else 1
-    return ndim - 1 if node.op_type == "MatMul" else 1
-
-
 def _sum_scale(node: Any, act: NDArray[np.float32], weight: Dequantized) -> tuple[NDArray[np.float32], int]:
     """Step sizes of the sums, [] or one per output channel, and the axis of the channels in the output."""
     scale = np.asarray(act * weight.scale, np.float32)
     if node.op_type == "ConvTranspose" and scale.size > 1:
         scale = np.tile(scale, attribute(node, "group", 1))
     return scale, -1 if node.op_type in ("Gemm", "MatMul") else 1
-
-
-def _product(node: Any, x: NDArray[np.float64], w: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The operation of a node without bias on float64 numbers; exact on integers."""
-    if node.op_type == "MatMul":
-        return np.asarray(np.matmul(x, w))
-    if node.op_type == "Gemm":
-        if attribute(node, "alpha", 1.0) != 1 or attribute(node, "beta", 1.0) != 1 or attribute(node, "transA", 0):
-            raise ValueError(f"node {node.name!r}: the integer reference has no Gemm with alpha, beta or transA.")
-        return np.asarray(x @ (w.T if attribute(node, "transB", 0) else w))
-    dims = x.ndim - 2
-    stride, dilation = (list(attribute(node, a, [1] * dims)) for a in ("strides", "dilations"))
-    group = attribute(node, "group", 1)
-    images, kernel = (torch.from_numpy(np.ascontiguousarray(a)) for a in (x, w))
-    if node.op_type == "Conv":
-        begin, end = _padding(node, x.shape[2:], w.shape[2:], stride, dilation)
-        if begin != end:
-            images = F.pad(images, [p for pair in zip(begin[::-1], end[::-1], strict=True) for p in pair])
-            begin = [0] * dims
-        return _CONV[dims](images, kernel, None, stride, begin, dilation, group).numpy()
-    if attribute(node, "output_shape", None) or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
-        raise ValueError(f"node {node.name!r}: the integer reference needs explicit pads of a ConvTranspose.")
-    pads = list(attribute(node, "pads", [0] * 2 * dims))
-    extra = list(attribute(node, "output_padding", [0] * dims))
-    full = _CONV_TRANSPOSE[dims](images, kernel, None, stride, 0, extra, group, dilation).numpy()
-    cut = [slice(pads[d], full.shape[2 + d] - pads[dims + d]) for d in range(dims)]
-    return np.asarray(full[(slice(None), slice(None), *cut)])
-
-
-def _padding(
-    node: Any, size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-) -> tuple[list[int], list[int]]:
-    """Padding at the beginning and the end of each dimension."""
-    dims, auto = len(size), attribute(node, "auto_pad", "NOTSET")
-    if auto in ("NOTSET", "VALID"):
-        pads = list(attribute(node, "pads", [0] * 2 * dims)) if auto == "NOTSET" else [0] * 2 * dims
-        return pads[:dims], pads[dims:]
-    total = [
-        max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
-        for n, k, s, d in zip(size, kernel, stride, dilation, strict=True)
-    ]
-    small = [t // 2 for t in total]
-    large = [t - s for t, s in zip(total, small, strict=True)]
-    return (small, large) if auto == "SAME_UPPER" else (large, small)
 
 
 # -- other operations -------------------------------------------------------------------------------------------------
@@ -445,19 +408,28 @@ def _by_onnx(node: Any, opsets: Mapping[str, int]) -> Operation:
     return run
 
 
+def _max_pool(node: Any, inputs: list[Any]) -> list[Any]:
+    """The largest integers of a tensor on a grid are the largest values."""
+    x = inputs[0]
+    if not isinstance(x, Dequantized) or x.scale.size > 1:
+        return _pool(node, inputs)
+    return [Dequantized(_pool(node, [x.integers])[0], x.scale, x.axis)]
+
+
 def _pool(node: Any, inputs: list[Any]) -> list[Any]:
     x = _array(inputs[0])
     dims = x.ndim - 2
     kernel = list(attribute(node, "kernel_shape", []))
     stride, dilation = (list(attribute(node, a, [1] * dims)) for a in ("strides", "dilations"))
-    begin, end = _padding(node, x.shape[2:], kernel, stride, dilation)
+    begin, end = padding(node, x.shape[2:], kernel, stride, dilation)
     ceil, largest = bool(attribute(node, "ceil_mode", 0)), node.op_type == "MaxPool"
     supported = dims == 2 and begin == end and all(2 * p <= k for p, k in zip(begin, kernel, strict=True))
     if not supported or (not largest and max(dilation) > 1):
         raise ValueError(
             f"node {node.name!r}: the integer reference has no {node.op_type} of this padding or dilation."
         )
-    values = torch.from_numpy(np.ascontiguousarray(x.astype(np.float32)))  # holds 16-bit codes exactly
+    # float32 holds 16-bit codes exactly, float64 all sums
+    values = torch.from_numpy(np.ascontiguousarray(x if x.dtype == np.float64 else x.astype(np.float32)))
     if largest:
         out = F.max_pool2d(values, kernel, stride, begin, dilation, ceil)
     else:
@@ -483,7 +455,7 @@ _OWN: dict[str, Operation] = {
     "DequantizeLinear": _dequantize,
     "Add": _add,
     **dict.fromkeys(PRODUCTS, _layer),
-    "MaxPool": _pool,
+    "MaxPool": _max_pool,
     "AveragePool": _pool,
     "GlobalAveragePool": _global_average,
     "Erf": _erf,

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eqnet.deploy.reference import PRODUCTS, Dequantized, IntegerLayer, IntegerReference, Quantizer, integer_range
+from eqnet.deploy.products import PRODUCTS
+from eqnet.deploy.reference import IntegerLayer, IntegerReference, Quantizer, integer_range
 from eqnet.space import LayerInfo, QuantConfig
 from eqnet.space.hardware import HardwareTarget
 
@@ -76,6 +77,10 @@ def _weight_problems(
     low, high = target.code_range(info, "weight", fmt)
     turned = bool(facts["weight"]["turned"])  # a turned channel holds negated codes
     lowest, highest = (min(low, -high - 1), max(high, -low)) if turned else (low, high)
+    step = 2 ** int(facts["weight"].get("shift", 0))
+    if bool(np.any(codes.astype(np.int64) % step)):
+        yield f"weight codes are no multiples of {step}, which the description says"
+    low, high, lowest, highest = low * step, high * step, lowest * step, highest * step
     container_low, container_high = integer_range(codes.dtype)
     if int(codes.min()) < max(lowest, container_low) or int(codes.max()) > min(highest, container_high):
         yield f"weight codes {int(codes.min())} to {int(codes.max())} are out of the range {low} to {high}"
@@ -131,10 +136,10 @@ def _act_problems(
 
 def _bias_problems(layer: IntegerLayer, facts: Any, reference: IntegerReference) -> Iterator[str]:
     said = facts["bias"]
-    if len(layer.node.input) < 3 or said is None or said["dtype"] == "float32" or layer.act is None:
+    if said is None or said["dtype"] == "float32" or layer.act is None:
         return
-    bias = reference.on_grid(layer.node.input[2])
-    if not isinstance(bias, Dequantized):
+    bias = reference.on_grid(reference.bias_of(layer.node))
+    if bias is None:
         yield "its bias is no integer constant"
     elif said["dtype"] == "int32":
         scale = (layer.weight.scale.reshape(-1) * layer.act.scale.reshape(-1)).astype(np.float32)

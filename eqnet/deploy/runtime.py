@@ -20,7 +20,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from eqnet.deploy.reference import PRODUCTS, IntegerReference
+from eqnet.deploy.products import PRODUCTS
+from eqnet.deploy.reference import IntegerReference
 from eqnet.space.hardware import HardwareTarget
 
 Array = NDArray[Any]
@@ -175,7 +176,8 @@ class _OpenVinoSession:
     def __init__(self, model: Any, threads: int, outputs: Sequence[str]) -> None:
         import openvino
 
-        self._layers = [node.name for node in model.graph.node if node.op_type in PRODUCTS]
+        before = {name: node for node in model.graph.node for name in node.output}
+        self._layers = {n.name: _origin(n.input[1], before) for n in model.graph.node if n.op_type in PRODUCTS}
         core = openvino.Core()
         # otherwise what is not quantized runs in bfloat16 on CPUs that have it
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
@@ -198,12 +200,23 @@ class _OpenVinoSession:
             if kind not in _OPENVINO_PRODUCTS:
                 continue
             kernel = Kernel(f"{kind} {primitive}", primitive.lower().endswith(("_i8", "_int8")))
-            parts = names.split(",")
-            for layer in self._layers:
+            parts, weights = names.split(","), _openvino_constants(op)
+            for layer, weight in self._layers.items():
                 own = (layer, f"{layer}_original")
-                if any(part in own or part.startswith(f"{layer}/WithoutBiases") for part in parts):
+                if weight in weights or any(p in own or p.startswith(f"{layer}/WithoutBiases") for p in parts):
                     found[layer] = kernel
         return found
+
+
+def _openvino_constants(op: Any) -> set[str]:
+    """Tensors of the file that an operation reads besides its first input, through what only moves them."""
+    found: set[str] = set()
+    for i in range(1, op.get_input_size()):
+        source = op.input_value(i).get_node()
+        while _text(source.get_rt_info(), "layerType") in ("Reshape", "Transpose", "Reorder"):
+            source = source.input_value(0).get_node()
+        found.update(_text(source.get_rt_info(), "originalLayersNames").split(","))
+    return found
 
 
 def _text(facts: Any, key: str) -> str:

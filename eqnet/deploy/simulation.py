@@ -142,23 +142,29 @@ def following_norms(subnet: nn.Module, image: Tensor) -> dict[str, nn.Module]:
 
 @dataclass(frozen=True, eq=False)
 class FoldedLayer:
-    """A trained layer as a file must hold it, BN folded in: `sign * scale * sums + bias` in each output channel.
+    """A trained layer as a file must hold it, BN folded in: `factor * scale * sums + bias` in each output channel.
 
     Attributes:
-        sign: -1 where BN turns the codes of a channel, 0 where it makes the channel constant, else 1; [C].
-        codes: weight codes minus zero point, times the sign, float64 like the weight.
+        factor: of the codes of a channel: 2**shift, negative where BN turns them, 0 where it makes the channel constant; [C].
+        codes: weight codes minus zero point, times the factor, float64 like the weight.
         scale: step sizes of the weight, positive float64 [C].
         bias: float64, one for each output channel; None for none.
     """
 
-    sign: NDArray[np.float64]
+    factor: NDArray[np.float64]
     codes: NDArray[np.float64]
     scale: NDArray[np.float64]
     bias: NDArray[np.float64] | None
 
 
-def folded_layer(layer: Any, norm: Any, name: str) -> FoldedLayer:
-    """What a quantized layer and the BN behind it (None for none) must be in the file.
+def folded_layer(layer: Any, norm: Any, name: str, shift: int) -> FoldedLayer:
+    """What a quantized layer and the BN behind it must be in the file.
+
+    Args:
+        layer: quantized, with its trained codes.
+        norm: the BN, None for none.
+        name: of the layer, for errors.
+        shift: codes of the file are 2**shift times the trained ones.
 
     Raises:
         ValueError: BN has a factor for each output channel of a layer whose groups share step sizes.
@@ -169,9 +175,9 @@ def folded_layer(layer: Any, norm: Any, name: str) -> FoldedLayer:
     if norm is not None:
         mean, var = norm.running_mean.double().numpy(), norm.running_var.double().numpy()
         gain = np.ones_like(mean) if norm.weight is None else norm.weight.detach().double().numpy()
-        shift = np.zeros_like(mean) if norm.bias is None else norm.bias.detach().double().numpy()
+        offset = np.zeros_like(mean) if norm.bias is None else norm.bias.detach().double().numpy()
         factor = gain / np.sqrt(var + norm.eps)
-        bias = shift + factor * ((0 if bias is None else bias) - mean)
+        bias = offset + factor * ((0 if bias is None else bias) - mean)
     codes = layer.weight_codes.double() - layer.weight_zero_point.double()
     axis = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
     channels = codes.shape[axis]
@@ -180,4 +186,5 @@ def folded_layer(layer: Any, norm: Any, name: str) -> FoldedLayer:
     trained = np.broadcast_to(layer.weight_scale.reshape(-1).double().numpy(), channels)
     scale = np.broadcast_to(np.abs(factor), channels) * trained
     sign = np.where(scale < np.finfo(np.float32).tiny, 0.0, np.where(factor < 0, -1.0, 1.0))
-    return FoldedLayer(sign, codes.numpy() * along(sign, axis, codes.ndim), scale, bias)
+    power = 2.0**shift
+    return FoldedLayer(power * sign, codes.numpy() * along(power * sign, axis, codes.ndim), scale / power, bias)

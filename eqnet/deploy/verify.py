@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eqnet.deploy.certificate import Certificate
-from eqnet.deploy.exported import Exported, compare_codes
+from eqnet.deploy.exported import Exported, LocalDifference, add_differences, compare_codes
 from eqnet.deploy.reference import along
 from eqnet.deploy.rules import check_graph
 from eqnet.deploy.runtime import (
@@ -115,7 +115,9 @@ def _list_permitted(certificate: Certificate, exported: Exported) -> None:
     if added:
         worst = max(added.values())
         certificate.add(
-            "rules", "note", f"{len(added)} quantizers were added, each off by up to {worst:.2g} (half a step)."
+            "rules",
+            "note",
+            f"{len(added)} quantizers were added, each off by up to {worst:.2g} (half a step) in its range.",
         )
 
 
@@ -125,22 +127,25 @@ def _list_permitted(certificate: Certificate, exported: Exported) -> None:
 def check_integers(
     certificate: Certificate, exported: Exported, subnet: nn.Module, modules: Mapping[str, Any], images: Tensor
 ) -> None:
-    """Compares weight codes, step sizes, biases, input codes and accumulators of every layer, then the logits."""
+    """Compares weight codes, step sizes, biases, input codes and accumulators of every layer, what is between them, the logits."""
     before = len(certificate.errors)
     norms, folded = following_norms(subnet, images[:1]), {}
     for node, (name, _) in exported.calls().items():
         norm = norms.get(name) if exported.sidecar["layers"][name]["batch_norm"] == "folded" else None
-        folded[name] = folded_layer(modules[name], norm, name)
+        shift = int(exported.sidecar["layers"][name]["weight"].get("shift", 0))
+        folded[name] = folded_layer(modules[name], norm, name, shift)
         certificate.layers.setdefault(name, {})
         for problem in _constant_problems(exported, node, folded[name]):
             certificate.add("integers", "error", problem, name)
     nodes = {call: node for node, call in exported.calls().items()}
     totals = {"input codes": 0, "accumulators": 0}
+    codes: dict[str, Array] = {}
 
     def compare(call: SimulatedCall) -> None:
         layer = exported.reference.layers.get(nodes.get((call.name, call.number), ""))
         if layer is None or layer.act is None:
             return  # an error of the rules if the description has it
+        codes[layer.codes] = layer.act.from_centred(call.centred)
         centred = layer.act.centred(layer.act.codes(call.inputs))
         try:
             own = layer.sums(centred)
@@ -148,7 +153,7 @@ def check_integers(
             certificate.add("integers", "error", str(error), call.name)
             return
         sums = np.rint(call.sums)
-        channels, axis = folded[call.name].sign, -1 if isinstance(modules[call.name], nn.Linear) else 1
+        channels, axis = folded[call.name].factor, -1 if isinstance(modules[call.name], nn.Linear) else 1
         sums = sums * along(np.tile(channels, sums.shape[axis] // channels.size), axis, sums.ndim)
         figures = {"input codes": (centred != call.centred), "accumulators": own.reshape(sums.shape) != sums}
         for what, differs in figures.items():
@@ -160,18 +165,41 @@ def check_integers(
                 text = f"{number} of {differs.size} {what} differ from the simulation."
                 certificate.add("integers", "error", text, call.name)
 
-    simulated = observe_layers(subnet, images, compare)
+    between, simulated, found = LocalDifference({}), [], []
     try:
-        found = _in_chunks(exported, images.numpy(), lambda x: exported.reference.run({exported.input: x}))
+        for x in exported.chunks(images.numpy()):
+            codes.clear()
+            simulated.append(observe_layers(subnet, torch.from_numpy(x), compare))
+            add_differences(between, exported, x, {**codes, exported.output: simulated[-1]})
+            found.append(exported.reference.run({exported.input: x})[exported.output])
     except ValueError as error:
         certificate.add("integers", "error", str(error))
         return
-    difference = _compare(simulated, found[exported.output])
-    certificate.results["simulation_and_reference"] = difference
+    difference = _compare(np.concatenate(simulated), np.concatenate(found))
+    certificate.results["simulation_and_reference"] = difference | {"layer_by_layer": between.to_json()}
     if len(certificate.errors) == before:
         counted = " and ".join(f"{number} {what}" for what, number in totals.items())
         certificate.add("integers", "pass", f"weight codes, {counted} equal those of the simulation.")
+    _check_between(certificate, exported, between)
     certificate.add("integers", "note", f"end to end, integer reference against simulation: {_words(difference)}.")
+
+
+def _check_between(certificate: Certificate, exported: Exported, between: LocalDifference) -> None:
+    """What stands between two layers: from the codes of the simulation to its next codes. Only permitted roundings move them."""
+    text = (
+        f"{between.differing} of {between.total} input codes differ when each layer starts from the simulation's codes"
+    )
+    permitted = certificate.results["permitted"]
+    if permitted["bias_rounding"] or permitted["added_quantizers"]:
+        reason = "by integer biases and added quantizers"
+        certificate.add("integers", "note", f"{text}, by up to {between.largest} steps, {reason}.")
+        return
+    off = {name: d for name, d in between.codes.items() if d.largest > 1 or d.margin > TIE_MARGIN}
+    for name, d in off.items():
+        problem = f"input codes differ from the simulation's by up to {d.largest}, not only at ties."
+        certificate.add("integers", "error", problem, exported.layer_of(name))
+    if not off:
+        certificate.add("integers", "pass", f"{text}, all at ties.")
 
 
 def _constant_problems(exported: Exported, node: str, expected: FoldedLayer) -> list[str]:
@@ -186,13 +214,13 @@ def _constant_problems(exported: Exported, node: str, expected: FoldedLayer) -> 
     different = int((stored != expected.codes).sum()) if stored.shape == expected.codes.shape else stored.size
     if different:
         problems.append(f"{different} of {stored.size} weight codes differ from the trained ones.")
-    alive = expected.sign != 0
+    alive = expected.factor != 0
     ratio = np.abs(layer.weight.scale.reshape(-1) / np.where(alive, expected.scale, 1) - 1)[alive]
     if ratio.size and float(ratio.max()) > SCALE_TOLERANCE:
         problems.append(
             f"step sizes of its weight differ from the trained ones by up to {100 * float(ratio.max()):.2g} %."
         )
-    name = _bias_name(exported.model, layer.node)
+    name = exported.reference.bias_of(layer.node)
     stored_bias = exported.reference.constant(name) if name else None
     on_grid = exported.reference.on_grid(name) if name else None
     found = np.zeros(1) if stored_bias is None else stored_bias.astype(np.float64)
@@ -202,16 +230,6 @@ def _constant_problems(exported: Exported, node: str, expected: FoldedLayer) -> 
     if bool((np.abs(found - wanted) > bound).any()):
         problems.append(f"its bias differs from the trained one by up to {float(np.abs(found - wanted).max()):.2g}.")
     return problems
-
-
-def _bias_name(model: Any, node: Any) -> str:
-    """The bias of a node; behind a matrix product, the constant that an addition gives it."""
-    if len(node.input) > 2:
-        return str(node.input[2])
-    readers = [n for n in model.graph.node if node.output[0] in n.input]
-    if node.op_type != "MatMul" or len(readers) != 1 or readers[0].op_type != "Add":
-        return ""
-    return next(str(name) for name in readers[0].input if name != node.output[0])
 
 
 # -- step 2: the integer reference is the runtime as written ----------------------------------------------------------

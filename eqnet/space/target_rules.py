@@ -148,6 +148,7 @@ class OpRules(Strict):
         bias: how biases are stored.
         fallback: what happens outside the rules: the target refuses, or silently computes in floating point.
         output: "quantized" if the integer kernel only runs when its output is quantized too.
+        pointwise_stride: "pooled" if 1x1 kernels run in integers only when a pooling in front of them takes their stride.
     """
 
     kernel: Literal["integer", "float"] = "integer"
@@ -156,6 +157,7 @@ class OpRules(Strict):
     bias: BiasRule
     fallback: Literal["refuse", "float"]
     output: Literal["quantized", "any"] = "any"
+    pointwise_stride: Literal["pooled", "any"] = "any"
 
 
 class Ops(Strict):
