@@ -22,7 +22,16 @@ from eqnet.run import Run, open_data, versions
 from eqnet.scoring.evaluation import Evaluator, build_table, uniform_configs
 from eqnet.scoring.predictor import AccuracyPredictor, fitted_predictor
 from eqnet.search import Found, ParetoFront, exact_front, measured_search, pareto_search
-from eqnet.search.exact import METHODS, Method, Planned, choose_method, planned_search, score_batches, score_formats
+from eqnet.search.exact import (
+    METHODS,
+    Method,
+    Planned,
+    choose_method,
+    linearised_gap,
+    planned_search,
+    score_batches,
+    score_formats,
+)
 from eqnet.search.scope import Scope, open_scope, read_target_subnet, search_settings, target_header
 from eqnet.settings import Settings
 from eqnet.space import ALL_FORMS, BoundBudget, Budget, CostModel, Genomes, QuantConfig
@@ -160,6 +169,12 @@ def search(job: Job, trained: Evaluator) -> None:
     folder, won = conclude(job, found, {}, None)
     if folder is None:
         return
+    (winner,) = space.encode_all([found.searched[0].config])
+    gap = linearised_gap(lambda genomes: predictor.score(genomes, space), winner, job.bound)
+    job.console.print(
+        f"optimality gap of the predictor linearised around the searched config: {gap.gain:.3g} %"
+        f"{'' if gap.proven else ' or more'}; the predictor itself gives that optimum {gap.found:+.3g} %"
+    )
     if job.arguments.pareto:
         front = genetic_front(job, "Pareto front", lambda genomes: predictor.score(genomes, space))
         draw_front(job, folder, won, front, lambda genomes: predictor.score(genomes, space))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_commands import FAST, one_sentence, run  # noqa: F401
+from test_genetic import make_space
 
 from eqnet.run import Run
 from eqnet.scoring.sensitivity import Sensitivity
-from eqnet.search.exact import METHODS, choose_method
-from eqnet.space import QuantFormat
+from eqnet.search.exact import METHODS, choose_method, linearised_gap
+from eqnet.space import Budget, Genomes, QuantFormat
 
 QUICK = [*FAST, "search.score_images=16"]
 
@@ -88,6 +90,36 @@ def test_mistakes_are_one_sentence(arguments: list[str], message: str, call, run
     assert code == 2
     assert message in one_sentence(err)
     assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_linearised_gap_of_an_additive_score_is_its_gap(seed: int) -> None:
+    space = make_space([8, 4, 6, 16], bits=[2, 3, 4, 8])
+    noise = np.random.default_rng(seed).random(space.bits.shape) / (space.bits + 1.0)
+    columns = np.arange(space.num_genes)
+
+    def score(genomes: Genomes) -> np.ndarray:
+        return -noise[columns, genomes].sum(1)
+
+    budget = Budget.parse("w=4,a=4").bind(space)
+    (genome,) = space.encode_all([space.uniform(3, space.forms[seed])])
+    form = space.restrict_form(space.forms[seed])
+    every = space.encode_all(form.decode(g) for g in itertools.product(*(range(n) for n in form.num_formats)))
+    best = score(every[budget.feasible(every)]).max()
+    gap = linearised_gap(score, genome, budget)
+    assert gap.proven
+    assert gap.gain == pytest.approx(best - score(genome[None])[0], rel=1e-9)
+    assert gap.found == pytest.approx(gap.gain, rel=1e-9)
+    optimum = every[budget.feasible(every)][score(every[budget.feasible(every)]).argmax()]
+    assert linearised_gap(score, optimum, budget).gain == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_search_on_the_predictor_prints_its_linearised_gap(call, run: Path) -> None:  # noqa: F811
+    code, out, err = call("search", "--budget", "5", "--form", "tensor-sym-sym", "--run", run, *FAST)
+    assert code == 0, err
+    found = re.search(r"linearised around the searched\s+config: ([0-9.e-]+) %", out)
+    assert found is not None, out
+    assert float(found[1]) >= 0
 
 
 def test_every_method_that_has_a_score_names_a_registered_one() -> None:

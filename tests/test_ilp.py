@@ -180,6 +180,41 @@ def test_published_configs_of_hawq_come_out(optimum: dict) -> None:
     assert instance.objective(found) == pytest.approx(optimum["objective"], abs=1e-6)
 
 
+RELEASED = {  # bit_config.py of github.com/Zhen-Dong/HAWQ, bit_config_resnet18_<constraint>_<t>; convolutions in their order
+    ("size", 0.75): "8888888888888488884",
+    ("size", 0.5): "8888888888888884844",
+    ("size", 0.25): "8888888888888844444",
+    ("bops", 0.75): "8888888848888484884",
+    ("bops", 0.5): "8884888848884444444",
+    ("bops", 0.25): "8884848444444444444",
+    ("latency", 0.75): "8888888848888484884",
+    ("latency", 0.5): "8888848848884484844",
+    ("latency", 0.25): "8884848444444444444",
+}
+
+
+@pytest.mark.parametrize(("constraint", "t"), RELEASED, ids=str)
+def test_all_released_configs_of_hawq_come_out(constraint: str, t: float) -> None:
+    instance = read_instance(INSTANCE)
+    found = instance.solve({constraint: t})
+    assert found.optimal
+    assert instance.bits(found) == RELEASED[constraint, t]
+
+
+def test_hawq_with_several_limits_equals_brute_force() -> None:
+    instance = read_instance(INSTANCE)
+    genomes = every_genome(instance.space)
+    assert len(genomes) == 65536
+    loss = instance.loss(genomes)
+    values = {name: cost(genomes) for name, cost in instance.costs.items()}
+    for names in (("size", "bops"), ("bops", "latency"), ("size", "bops", "latency")):
+        for t in (0.25, 0.5, 0.75):
+            within = np.all([values[name] <= instance.limit(name, t) for name in names], axis=0)
+            found = instance.solve(dict.fromkeys(names, t))
+            assert found.optimal
+            assert found.loss == pytest.approx(loss[within].min(), rel=1e-12)
+
+
 def test_limits_of_hawq_are_those_of_the_notebook() -> None:
     instance = read_instance(INSTANCE)
     assert instance.limit("bops", 0.5) / 1024 / 1e6 == pytest.approx(66.232320, abs=1e-6)
@@ -216,6 +251,29 @@ def test_damaged_instances_are_refused(change: dict, message: str, tmp_path: Pat
     (tmp_path / "bad.json").write_text(json.dumps(json.loads(INSTANCE.read_text()) | change))
     with pytest.raises(ValueError, match=message):
         read_instance(tmp_path / "bad.json")
+
+
+def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(2)  # HiGHS of scipy 1.17 prints a line while it solves this one
+    layers = [
+        LayerInfo(
+            f"l{i}", "conv", (1, int(rng.integers(1e3, 1e6))), int(rng.integers(1e3, 1e7)), int(rng.integers(1e2, 1e5))
+        )
+        for i in range(24)
+    ]
+    space = QuantSpace.from_layers(layers, symmetric=[True], granularity=["tensor"], fixed="none")
+    rng = np.random.default_rng(2)
+    factors = {layer.name: np.exp(1.5 * rng.normal(size=2)) for layer in layers}
+
+    def noise(layer: LayerInfo, weight: QuantFormat, act: QuantFormat | None) -> float:
+        assert act is not None
+        return float(factors[layer.name] @ [4.0 ** (2 - weight.bits), 4.0 ** (2 - act.bits)])
+
+    budget = Budget.parse("w=4,a=5").bind(space)
+    assert exact_search(CostModel(space, "loss", "loss", noise), budget.costs, budget.limits).optimal
+    print("and afterwards everything is as before")
+    out, err = capfd.readouterr()
+    assert (out, err) == ("and afterwards everything is as before\n", "")
 
 
 # -- what cannot be ---------------------------------------------------------------------------------------------------

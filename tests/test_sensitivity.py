@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import runpy
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from scipy.stats import spearmanr
+from sklearn.linear_model import Ridge
+from test_training import environment
 from torch import Tensor, nn
 
 from eqnet.nn.supernet import Supernet
@@ -296,6 +304,103 @@ def test_products_with_the_hessian_are_symmetric(supernet: Supernet, batches: li
         left = sum(float((a * b).sum().double()) for a, b in zip(u, times(v), strict=True))
         right = sum(float((a * b).sum().double()) for a, b in zip(v, times(u), strict=True))
     assert left == pytest.approx(right, rel=1e-4)
+
+
+class Scaled(nn.Module):
+    """The logits of a linear layer with its weights multiplied by `factor`, divided by it again: the same function."""
+
+    def __init__(self, weight: Tensor, factor: float) -> None:
+        super().__init__()
+        self.fc, self.factor = nn.Linear(12, 4, bias=False), factor
+        self.fc.weight.data.copy_(factor * weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(x.flatten(1)) / self.factor
+        return out
+
+
+@pytest.mark.parametrize("score", ["hessian", "eigenvalue", "fisher", "gradient", "kl"])
+def test_the_scale_of_weights_does_not_matter(
+    score: str, accelerator: Accelerator, images: Callable[..., Tensor]
+) -> None:
+    weight, found = torch.randn(4, 12, generator=generator(5)), []
+    for factor in (1.0, 4.0):  # a power of two: no rounding
+        net = Supernet.from_model(Scaled(weight, factor), (3, 2, 2), bits=[2, 4, 8], fixed="none")
+        net.calibrate(images(16, (3, 2, 2)))
+        found.append(SCORES[score](net.eval(), net.space, linear_batches(images), accelerator, nothing))
+    if score != "hessian":
+        one, other = (list(f.tables["fc", "weight"].values()) for f in found)
+        assert one == pytest.approx(other, rel=1e-4)
+        return
+    # H becomes H / 16, but the samples of all blocks are drawn together, so the noise of an estimate is not that of one block
+    traces, errors = ([f.facts[k]["fc.weight"] for f in found] for k in ("trace_per_element", "standard_error"))
+    assert abs(traces[0] - 16 * traces[1]) < 3 * math.hypot(errors[0], 16 * errors[1])
+
+
+def test_scores_that_weight_bits_are_linear_and_ridge_on_bits_bounds_them(supernet: Supernet) -> None:
+    space = supernet.space.restrict_form(supernet.space.forms[0])
+    rng = np.random.default_rng(0)
+    genomes = space.random_genomes(rng, 600)
+    bits = space.bits[np.arange(space.num_genes), genomes].astype(float)
+    true = rng.random(space.num_genes)
+    accuracy = bits @ true + rng.normal(size=600)
+
+    def bit_weighted(weights: np.ndarray) -> np.ndarray:
+        factor = {key: weights[gene] for key, gene in space.gene_of.items()}
+        tables = {key: {fmt: factor[key] * fmt.bits for fmt in space.choices(*key)} for key in space.gene_of}
+        loss = Sensitivity("bits", tables).loss(space)(genomes)
+        np.testing.assert_allclose(loss, bits @ weights, rtol=1e-12)  # z(b) = sum m_l b_l
+        return loss
+
+    half = slice(300, None)
+    ridge = Ridge(alpha=1.0).fit(bits[:300], accuracy[:300])
+    reference = spearmanr(bit_weighted(ridge.coef_)[half], accuracy[half]).statistic
+    best = spearmanr(bit_weighted(true)[half], accuracy[half]).statistic
+    others = [spearmanr(bit_weighted(rng.random(len(true)))[half], accuracy[half]).statistic for _ in range(20)]
+    assert max(others) < best
+    assert reference > best - 0.02
+
+
+TWO_PROCESSES = """
+import json, sys
+import torch
+from accelerate import Accelerator
+from torch import nn
+from eqnet.nn.supernet import Supernet
+from eqnet.scoring.scores import SCORES
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+accelerator = Accelerator(cpu=True)
+model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
+net = Supernet.from_model(model, (3, 6, 6), bits=[2, 4, 8], fixed="none").eval()
+images, labels = torch.randn(15, 3, 6, 6), torch.randint(0, 5, (15,))
+net.calibrate(images)
+batches = list(zip(images.split(4), labels.split(4)))  # 4 batches, one of them smaller
+found = {name: score(net, net.space, batches, accelerator, lambda: None) for name, score in SCORES.items()}
+assert accelerator.num_processes == int(sys.argv[2])
+if accelerator.is_main_process:
+    json.dump({name: table.to_json() for name, table in found.items()}, open(sys.argv[1], "w"))
+"""
+
+
+def test_two_processes_score_like_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "scores.py"
+    script.write_text(TWO_PROCESSES)
+    monkeypatch.setattr(sys, "argv", ["scores.py", str(tmp_path / "1.json"), "1"])
+    runpy.run_path(str(script))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(script), str(tmp_path / "2.json"), "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / f"{count}.json").read_text()) for count in (1, 2))
+    assert set(one) == set(SCORES)
+    for name in SCORES:
+        for a, b in zip(one[name]["table"], two[name]["table"], strict=True):
+            value = a.pop("value")
+            assert b.pop("value") == pytest.approx(value, rel=1e-5, abs=1e-12), (name, a)
+            assert a == b
+        assert one[name]["facts"].get("products") == two[name]["facts"].get("products")
 
 
 # -- what cannot be scored ---------------------------------------------------------------------------------------------

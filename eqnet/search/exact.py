@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import ArrayLike
 
 from eqnet.data import Batches, DataSplits, random_subset
 from eqnet.scoring.evaluation import Evaluator, uniform_configs
@@ -30,7 +31,7 @@ from eqnet.search.genetic import genetic_search
 from eqnet.search.ilp import ExactResult, exact_search
 from eqnet.search.measured import Candidate, Found
 from eqnet.settings import SearchSettings, Settings
-from eqnet.space import BoundBudget, CostModel, Genomes, QuantSpace
+from eqnet.space import ALL_FORMS, BoundBudget, CostModel, Genomes, QuantSpace
 
 Advance = Callable[[], None]
 SCORE_BATCH = 16  # images of a batch: the graph of second derivatives of one fits the memory of small machines
@@ -106,6 +107,55 @@ class Planned:
     loss: CostModel
     exact: ExactResult
     gap: float
+
+
+@dataclass(frozen=True)
+class LinearisedGap:
+    """How much better than a config a score could be within a budget if it were additive around that config.
+
+    It is no bound on the score itself: two changes together may do other than the sum of both.
+
+    Attributes:
+        gain: of the linear model's optimum over the config, in the unit of the score, 0 or more.
+        found: what the score itself says of that optimum less that of the config.
+        proven: whether the optimum of the linear model is proven.
+    """
+
+    gain: float
+    found: float
+    proven: bool
+
+
+def linearised_gap(
+    score: Callable[[Genomes], ArrayLike], genome: Genomes, budget: BoundBudget, time_limit: float = 10.0
+) -> LinearisedGap:
+    """Linearises a score around a config and solves the linear model exactly.
+
+    Args:
+        score: genomes [N, G] of the budget's space -> scores [N], higher is better.
+        genome: the config [G], within the budget. If its layers share a form, only configs of that form are considered.
+        budget: the limits.
+        time_limit: seconds for the exact search.
+
+    Raises:
+        ValueError: see `exact_search`.
+    """
+    space, number = budget.space, int(budget.space.form_of(genome[None])[0])
+    form = None if number < 0 else ALL_FORMS[number]
+    loss = copy.copy(budget.costs[0])
+    group, weight, act = loss.cells.parts()
+    genomes = np.repeat(genome[None], len(group) + 1, axis=0)  # each group alone in each of its cells; and the config
+    rows, allowed = np.arange(len(group)), space.formats_in(form)
+    genomes[rows, loss.cells.act_gene[group]] = act
+    genomes[rows, loss.cells.weight_gene[group]] = weight  # last: groups without inputs name this gene twice
+    scores = np.asarray(score(genomes), float)
+    inside = allowed[loss.cells.weight_gene[group], weight]
+    inside &= allowed[loss.cells.act_gene[group], act] | ~loss.cells.has_act[group]
+    loss.name, loss.unit, loss.constant, loss.divisor = "linearised loss", "loss", 0.0, 1.0
+    loss.table = np.where(inside, scores[-1] - scores[:-1], np.inf)
+    best = exact_search(loss, budget.costs, budget.limits, time_limit=time_limit)
+    there = float(np.asarray(score(best.genome[None]), float)[0])
+    return LinearisedGap(max(-best.loss, 0.0), there - float(scores[-1]), best.optimal)
 
 
 def choose_method(method: str, score: str | None) -> tuple[Method, str]:

@@ -16,10 +16,14 @@ Shape legend: `Q` tied groups, `M` cells, `K` cells that are kept, `G` genes, `C
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import math
+import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -238,13 +242,35 @@ def highs(
         constraints.append(LinearConstraint(vstack(rows), -np.inf, np.concatenate(upper)))
     scale = _SCALE / max(float(problem.loss.max(initial=0.0)), 1e-300)
     options = {"time_limit": time_limit, "mip_rel_gap": 0.0}
-    found = milp(problem.loss * scale, constraints=constraints, integrality=1, bounds=(0, 1), options=options)
+    with _silence():
+        found = milp(problem.loss * scale, constraints=constraints, integrality=1, bounds=(0, 1), options=options)
     if found.status == 2:
         return None, math.inf
     bound = -math.inf if found.mip_dual_bound is None else float(found.mip_dual_bound) / scale + problem.base
     if found.x is None:
         return None, problem.base if math.isinf(bound) else bound
     return np.flatnonzero(found.x > 0.5), bound
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """The process writes nothing to standard output: HiGHS prints a debugging line that none of its options turns off."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no standard output
+        yield
+        return
+    sys.stdout.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, TypeError):  # no C library by that name
+            ctypes.CDLL(None).fflush(None)  # what C has buffered
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _solve(
