@@ -68,7 +68,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     job = parser.add_mutually_exclusive_group(required=True)
     job.add_argument(
-        "--budget", help="hard limits: 4 | w=3,a=4 | size=180KiB | bitops=1.2G | latency=2ms, comma-joined"
+        "--budget",
+        help="hard limits: 4 | w=3,a=4 | size=180KiB | bitops=1.2G | latency=2ms | max_act=8KiB, comma-joined",
     )
     job.add_argument("--subnet", help="measure the config of this subnet.json instead of searching")
     parser.add_argument("--run", help="folder of the run (default: the latest below runs/)")

@@ -15,6 +15,7 @@ from test_genetic import make_space
 
 from eqnet.run import Run
 from eqnet.scoring.sensitivity import Sensitivity
+from eqnet.search import exact_search
 from eqnet.search.exact import METHODS, choose_method, linearised_gap
 from eqnet.space import Budget, Genomes, QuantFormat
 
@@ -70,6 +71,38 @@ def test_named_methods(method: str, call, run: Path) -> None:  # noqa: F811
     assert losses == sorted(losses, reverse=True)
     assert costs == sorted(costs)
     assert "exact front:" in out
+
+
+def test_a_budget_limits_the_largest_input(call, run: Path) -> None:  # noqa: F811
+    space = Run.open(run).load_supernet()[0].space
+    sizes = {layer.name: layer.act_numel / layer.calls for layer in space.layers}
+    limit = max(sizes[name] for name in space.fixed)  # at 8 bits; other layers may have to go lower
+    limit = max(limit, max(sizes.values()) / 2)
+    budget = f"w=5,max_act={limit:g}B"
+    code, _, err = call(
+        "search", "--budget", budget, "--method", "ilp", "--score", "squared_error", "--run", run, *QUICK
+    )
+    assert code == 0, err
+    (folder,) = (run / "search").glob("w5-max_act*")
+    subnet = json.loads((folder / "subnet.json").read_text())
+    for config in (subnet, subnet["best_searched"]):
+        assert max(sizes[name] * c["act"]["bits"] / 8 for name, c in config["layers"].items()) <= limit
+    code, _, err = call("search", "--budget", "max_act=2B", "--method", "ilp", "--score", "kl", "--run", run)
+    assert code == 2
+    assert "cannot be met: the smallest reachable is max_act=" in one_sentence(err)
+
+
+@pytest.mark.parametrize("budget", ["4", "size=20KiB,bitops=1G"])
+def test_lcpaq_and_hawq_v2_minimise_the_same_loss(budget: str, run: Path) -> None:  # noqa: F811
+    space = Run.open(run).load_supernet()[0].space
+    rng = np.random.default_rng(0)
+    tables = {key: {fmt: rng.random() / fmt.bits for fmt in space.choices(*key)} for key in space.gene_of}
+    bound = Budget.parse(budget).bind(space)
+    found = [
+        exact_search(METHODS[name].loss(Sensitivity("hessian", tables), space), bound.costs, bound.limits)
+        for name in ("lcpaq", "hawq-v2")
+    ]
+    assert (found[0].genome == found[1].genome).all()
 
 
 @pytest.mark.parametrize(

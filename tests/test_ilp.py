@@ -135,6 +135,47 @@ def test_forbidden_cells_are_not_chosen() -> None:
     assert all(c.act is not None and c.act.bits == c.weight.bits for c in space.decode(found.genome).values())
 
 
+def test_a_limit_on_the_largest_input_equals_brute_force() -> None:
+    rng = np.random.default_rng(9)
+    layers = [LayerInfo(f"l{i}", "conv", (1, 50), 5000, int(rng.integers(40, 400)), calls=1 + i % 2) for i in range(4)]
+    space = QuantSpace.from_layers(layers, bits=[2, 4, 8], symmetric=[True], granularity=["tensor"], fixed="none")
+    loss = random_table(space, rng, "loss", whole=False)
+    genomes = every_genome(space)
+    bits = {
+        layer.name: space.bits[space.gene_of[layer.name, "act"], genomes[:, space.gene_of[layer.name, "act"]]]
+        for layer in layers
+    }
+    largest = np.max([np.ceil(layer.act_numel / layer.calls * bits[layer.name] / 8) for layer in layers], axis=0)
+    for limit in np.unique(largest)[::3].tolist():
+        budget = Budget.parse(f"bitops=2M,max_act={limit}B")
+        narrow = budget.restrict(space)
+        bound = budget.bind(narrow)
+        found = exact_search(loss_in(narrow, loss), bound.costs, bound.limits)
+        inside = (largest <= limit) & (COSTS["bitops"](space)(genomes) <= 2e6)
+        assert found.loss == pytest.approx(loss(genomes[inside]).min(), rel=1e-12)
+    with pytest.raises(
+        ValueError, match=r"budget max_act=1B cannot be met: the smallest reachable is max_act=\d+B, the input"
+    ):
+        Budget.parse("max_act=1B").restrict(space)
+    tight = Budget.parse(f"max_act={np.sort(largest)[0]:g}B")
+    with pytest.raises(ValueError, match=r"restrict it with Budget\.restrict first"):
+        tight.bind(space)
+    narrow = tight.restrict(space)  # no other limit
+    assert tight.bind(narrow).feasible(narrow.random_genomes(rng, 20)).all()
+
+
+def loss_in(narrow: QuantSpace, loss: CostModel) -> CostModel:
+    """A loss on a restriction of its space."""
+
+    def measure(layer: LayerInfo, weight: QuantFormat, act: QuantFormat | None) -> float:
+        gene, other = (loss.space.choices(layer.name, slot) for slot in ("weight", "act"))  # type: ignore[arg-type]
+        part = dict(zip((x.name for x in loss.space.layers), loss._layer_tables, strict=True))[layer.name][1]
+        assert act is not None
+        return float(part[gene.index(weight) * len(other) + other.index(act)])
+
+    return CostModel(narrow, "loss", "loss", measure)
+
+
 # -- the front --------------------------------------------------------------------------------------------------------
 
 

@@ -4,9 +4,13 @@
 |---|---|---|---|
 | ilp | any, `--score` | all formats | integer programming |
 | lcpaq (arXiv 2402.17706) | hessian, weights and inputs | all formats | integer programming, Pareto front |
-| hawq-v2 (arXiv 1911.03852) | hessian, weights and inputs | all formats | Pareto front; the point at the budget, which is exact |
+| hawq-v2 (arXiv 1911.03852) | hessian, weights and inputs | all formats | Pareto front; the point at the budget |
 | hawq-v3 (arXiv 2011.10680) | hessian | 4 or 8 bits, the same for weights and inputs of a layer | integer programming |
 | genetic, with `--score` | any | all formats | genetic, and its gap to the exact optimum |
+
+lcpaq and hawq-v2 find the same config. Both minimise the same sum, traces times squared errors: HAWQ-V2 reads the point at the
+budget off the front of that sum against a cost, LCPAQ solves for it within any number of limits, and for a sum over layers the
+point of the front at a limit is the solution. The details in which the papers may differ beyond that were not available.
 
 Nothing is trained and no accuracy table is built; the winner and the uniform configs are measured.
 """

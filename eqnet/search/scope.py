@@ -72,7 +72,7 @@ def open_scope(
         latency_table: a table's file; None means that of the run if the budget limits latency.
 
     Raises:
-        ValueError: nothing is left of a layer (which, and by which rule); a latency budget without a table; an unreadable table,
+        ValueError: nothing is left of a layer (which, and by which rule or limit); a latency budget without a table; an unreadable table,
             or one that lacks a format of the space.
     """
     space = training if target is None else target.restrict(training)
@@ -82,6 +82,10 @@ def open_scope(
         except ValueError as error:
             where = "the space" if target is None else f"what {target.name} runs of the space"
             raise ValueError(f"the form {form} is not part of {where}: {error}") from error
+    if budget is not None:
+        space = budget.restrict(
+            space, None if target is None else lambda la, fmt: target.container_bits(la, "act", fmt)
+        )
     path = _latency_path(run, budget, target, latency_table)
     table = None if path is None else read_latency_table(path)
     if target is not None:

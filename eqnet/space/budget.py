@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -17,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eqnet.space.cost import COSTS, CostModel, Costs, CostTable, Floats
-from eqnet.space.qconfig import Form
+from eqnet.space.qconfig import MAX_BITS, Form, LayerInfo, QuantFormat
 from eqnet.space.space import Genomes, QuantSpace
 from eqnet.space.steps import Steps
 
+MAX_ACT = "max_act"  # no sum over layers, but a limit on each: `Budget.restrict`
 _UNITS: dict[str, dict[str, float]] = {  # in the unit of the cost; the empty suffix is a plain number
     "w": {"": 1},
     "a": {"": 1},
@@ -28,6 +30,7 @@ _UNITS: dict[str, dict[str, float]] = {  # in the unit of the cost; the empty su
     "bitops": {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12},
     "latency": {"us": 1e-3, "ms": 1, "s": 1e3},
 }
+_UNITS[MAX_ACT] = _UNITS["size"]
 _PLAIN: dict[str, float] = {"": 1}  # the units of other costs
 _QUANTITY = re.compile(r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)")
 _EXAMPLE = "write for example '4', 'w=3,a=4', 'size=180KiB' or 'bitops=1.2G'"
@@ -61,7 +64,7 @@ class Budget:
     'w=4,a=4,size=180KiB'
 
     Attributes:
-        limits: (name, value) pairs ordered as w, a (bits), size (bytes), bitops, latency (ms).
+        limits: (name, value) pairs ordered as w, a (bits), size (bytes), bitops, latency (ms), max_act (bytes).
     """
 
     limits: tuple[tuple[str, float], ...]
@@ -71,7 +74,7 @@ class Budget:
         """Reads "4" (short for "w=4,a=4"), "w=3", "size=180KiB", "bitops=1.2G", or "latency=2.5ms", comma-joined.
 
         Units: size B, KB, MB, GB (powers of 1000), KiB, MiB, GiB (of 1024); bitops K, M, G, T or a plain number;
-        latency us, ms, s.
+        latency us, ms, s; max_act as size.
 
         Raises:
             ValueError: anything else, a name given twice, or a limit that is not a positive finite number.
@@ -112,6 +115,38 @@ class Budget:
     def __str__(self) -> str:
         return ",".join(limit_text(name, value) for name, value in self.limits)
 
+    def restrict(
+        self, space: QuantSpace, act_bits: Callable[[LayerInfo, QuantFormat], int] | None = None
+    ) -> QuantSpace:
+        """The subspace in which no quantized input of a layer exceeds the limit `max_act`; `space` itself without one.
+
+        The largest input is no sum over layers, but a limit on it is one on every layer by itself: a restriction is exact. It is
+        part of the peak of a runtime, whose schedule says what else lives at that time. Inputs in floating point are not counted.
+
+        Args:
+            space: the space to search.
+            act_bits: bits that a format takes in memory, those of its container on a device; None means those of its codes.
+
+        Raises:
+            ValueError: naming the layer and the smallest limit that can be met.
+        """
+        limit = dict(self.limits).get(MAX_ACT)
+        if limit is None:
+            return space
+
+        def size(layer: LayerInfo, fmt: QuantFormat) -> int:
+            return -(-layer.act_numel * (fmt.bits if act_bits is None else act_bits(layer, fmt)) // (8 * layer.calls))
+
+        called = [layer for layer in space.layers if space.choices(layer.name, "act")]
+        least = {layer.name: min(size(layer, f) for f in space.choices(layer.name, "act")) for layer in called}
+        worst = max(least, key=lambda name: least[name], default=None)
+        if worst is not None and least[worst] > limit:
+            raise ValueError(
+                f"budget {limit_text(MAX_ACT, limit)} cannot be met: the smallest reachable is "
+                f"{reachable_text(MAX_ACT, least[worst])}, the input of layer {worst!r}."
+            )
+        return space.restrict(lambda layer, slot, fmt: slot == "weight" or size(layer, fmt) <= limit)
+
     def bind(
         self,
         space: QuantSpace,
@@ -127,12 +162,19 @@ class Budget:
             costs: what the names of limits mean; those of a hardware target come from `eqnet.space.target_cost`.
 
         Raises:
-            ValueError: a limit that the space cannot reach (naming the smallest reachable value), or no latency table.
+            ValueError: a limit that the space cannot reach (naming the smallest reachable value), no latency table, or a space
+                with inputs above `max_act`.
         """
         if band is not None and not 0 < band < math.inf:
             raise ValueError(f"the band of a budget must be a positive number of bits; got {band}.")
+        if self.restrict(space) != space:
+            raise ValueError(
+                f"budget {self}: the space has inputs above {MAX_ACT}; restrict it with Budget.restrict first."
+            )
         models = []
-        for name, limit in self.limits:
+        additive = [(name, limit) for name, limit in self.limits if name != MAX_ACT]
+        additive = additive or [("w", float(MAX_BITS))]  # what every config keeps
+        for name, limit in additive:
             if name not in costs:
                 raise ValueError(f"budget {limit_text(name, limit)}: no {name} table is available for this space.")
             models.append(costs[name](space))
@@ -141,7 +183,7 @@ class Budget:
                 raise ValueError(
                     f"budget {limit_text(name, limit)} cannot be met: the smallest reachable is {smallest}."
                 )
-        limits = np.array([limit for _, limit in self.limits])
+        limits = np.array([limit for _, limit in additive])
         banded = np.array([band is not None and cost.unit == "bits" for cost in models])
         return BoundBudget(space, models, limits, np.where(banded, limits - (band or 0.0), -np.inf))
 
