@@ -1,5 +1,6 @@
 """The command line: `eqnet targets list | show NAME | check NAME SUBNET`, `eqnet export SUBNET --target NAME`,
-`eqnet verify FILE`, `eqnet plan export | import | schema`, `eqnet benchmark latency --target NAME`.
+`eqnet verify FILE`, `eqnet plan export | import | schema`, `eqnet benchmark latency --target NAME`; `proxy_commands` has the
+others of `benchmark`, and `proxies`.
 
 The user's mistakes end in one sentence on standard error and exit code 2.
 """
@@ -17,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eqnet.command import make_console, progress_bar, run_command
+from eqnet.proxy_commands import add_benchmark_commands, proxies
 from eqnet.space import QuantConfig, QuantFormat, QuantSpace, Slot
 from eqnet.space.hardware import HardwareTarget, load_target, target_names
 
@@ -57,6 +59,8 @@ plan = typer.Typer(help="Plans: formats of every layer, to and from other tools.
 app.add_typer(plan, name="plan")
 benchmark = typer.Typer(help="Measurements on this machine.")
 app.add_typer(benchmark, name="benchmark")
+add_benchmark_commands(benchmark)
+app.add_typer(proxies, name="proxies")
 
 
 @app.callback()

@@ -20,13 +20,13 @@ from eqnet.space.cost import Costs
 WEIGHT_COLOR, ACT_COLOR, UNIFORM_COLOR, CHOSEN_COLOR = "#1f5fa8", "#e08a1e", "#7a7a7a", "#c0392b"
 
 
-def _figure(width: float = 7.0, height: float = 4.2, columns: int = 1) -> tuple[Any, Any]:
+def _figure(width: float = 7.0, height: float = 4.2, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained")
     for axis in np.ravel(axes):
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -224,4 +224,58 @@ def plot_predictor(predicted: NDArray[Any], measured: NDArray[Any], metrics: Map
     axis.text(0.04, 0.96, text, transform=axis.transAxes, va="top", fontsize=8)
     axis.set_xlabel("measured validation accuracy [%]")
     axis.set_ylabel("predicted [%] (held-out configs)")
+    return _save(figure, path)
+
+
+def plot_ranks(
+    scores: Mapping[str, NDArray[Any]], accuracy: NDArray[Any], titles: Mapping[str, str], path: Path
+) -> Path:
+    """Measured accuracy against each score, one panel per score.
+
+    Args:
+        scores: by name, [N] each.
+        accuracy: in percent, [N].
+        titles: by name, what stands above a panel.
+        path: of the picture.
+    """
+    columns = min(len(scores), 4)
+    rows = -(-len(scores) // columns)
+    figure, axes = _figure(2.6 * columns, 2.3 * rows, columns=columns, rows=rows)
+    for axis in np.ravel(axes)[len(scores) :]:
+        axis.set_visible(False)
+    for axis, (name, values) in zip(np.ravel(axes), scores.items(), strict=False):
+        axis.plot(values, accuracy, ".", color=WEIGHT_COLOR, ms=3, alpha=0.6)
+        axis.set_title(titles[name], fontsize=8)
+        axis.tick_params(labelsize=6)
+        axis.xaxis.offsetText.set_fontsize(6)
+    for axis in np.atleast_2d(axes)[:, 0]:
+        axis.set_ylabel("accuracy [%]", fontsize=7)
+    return _save(figure, path)
+
+
+def plot_tree(labels: Sequence[str], parents: Sequence[int], path: Path) -> Path:
+    """An expression as a tree: the root on top, inputs as leaves.
+
+    Args:
+        labels: of the nodes, in prefix order.
+        parents: number of the node above each, -1 for the root.
+        path: of the picture.
+    """
+    depth, across = [0] * len(labels), [0.0] * len(labels)
+    for i, parent in enumerate(parents[1:], 1):
+        depth[i] = depth[parent] + 1
+    leaves = [i for i in range(len(labels)) if i not in parents]
+    for i in reversed(range(len(labels))):
+        below = [across[j] for j in range(len(labels)) if parents[j] == i]
+        across[i] = sum(below) / len(below) if below else float(leaves.index(i))
+    figure, axis = _figure(max(3.0, 1.1 * len(leaves) + 1), 0.6 * max(depth) + 1)
+    for i, parent in enumerate(parents):
+        if parent >= 0:
+            axis.plot([across[i], across[parent]], [-depth[i], -depth[parent]], color=UNIFORM_COLOR, lw=0.8, zorder=1)
+        color = ACT_COLOR if i in leaves else WEIGHT_COLOR
+        box = {"boxstyle": "round", "facecolor": "white", "edgecolor": color}
+        axis.text(across[i], -depth[i], labels[i], ha="center", va="center", fontsize=8, bbox=box)
+    axis.set_xlim(-0.7, len(leaves) - 0.3)
+    axis.set_ylim(-max(depth) - 0.5, 0.5)
+    axis.axis("off")
     return _save(figure, path)

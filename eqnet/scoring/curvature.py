@@ -73,7 +73,7 @@ def block_traces(
     samples = []
     for count in range(1, max_samples + 1):
         signs = [_signs(tensor, generator) for tensor in flat]
-        products = _times(gradients, flat, signs)
+        products = hessian_vector(gradients, flat, signs)
         dots = torch.stack([(s * p).sum().double().cpu() for s, p in zip(signs, products, strict=True)])
         samples.append(torch.zeros(len(blocks), dtype=torch.float64).index_add_(0, owner, dots))
         if count >= min(_LEAST, max_samples) and count > 1:
@@ -102,7 +102,7 @@ def top_eigenvalue(
         if norm == 0:
             return 0.0
         vector = [v / norm for v in vector]
-        product = list(_times(gradients, block, vector))
+        product = list(hessian_vector(gradients, block, vector))
         before, value = value, sum(float((v * p).sum()) for v, p in zip(vector, product, strict=True))
         if abs(value - before) <= tolerance * abs(value):
             break
@@ -110,7 +110,9 @@ def top_eigenvalue(
     return value
 
 
-def _times(gradients: Sequence[Tensor], tensors: Sequence[Tensor], vector: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def hessian_vector(
+    gradients: Sequence[Tensor], tensors: Sequence[Tensor], vector: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
     """The Hessian times a vector; zero where the gradient does not depend on anything (a linear loss)."""
     pairs = [(g, v) for g, v in zip(gradients, vector, strict=True) if g.requires_grad]
     if not pairs:

@@ -213,17 +213,45 @@ def table_genomes(space: QuantSpace, size: int, seed: int) -> Genomes:
 def build_table(
     evaluator: Evaluator, folder: Path, size: int, seed: int, accelerator: Accelerator, advance: Advance | None = None
 ) -> AccuracyTable:
-    """Measures the rows that `folder` lacks and returns the table of `size` rows.
+    """Measures the rows that `folder` lacks and returns the table of `size` rows of the supernet's space.
 
-    Each process appends to its own `rows-<rank>.jsonl`. A later call with more rows, or another number of processes,
-    measures only what is missing.
+    A later call with more rows measures only what is missing.
 
     Raises:
         ValueError: the folder holds a table of another seed, space or measurement.
     """
     space = evaluator.supernet.space
+    genomes = table_genomes(space, size, seed)
+    return AccuracyTable(genomes, measure_rows(evaluator, folder, space, genomes, {"seed": seed}, accelerator, advance))
+
+
+def measure_rows(
+    evaluator: Evaluator,
+    folder: Path,
+    space: QuantSpace,
+    genomes: Genomes,
+    facts: Mapping[str, Any],
+    accelerator: Accelerator,
+    advance: Advance | None = None,
+) -> NDArray[np.float64]:
+    """Validation accuracies [N] in percent of the rows of a table; measures those that `folder` lacks.
+
+    Each process appends to its own `rows-<rank>.jsonl`; a later call may have another number of processes.
+
+    Args:
+        evaluator: measures.
+        folder: of the header and the rows; made if it is missing.
+        space: that of the genomes, the evaluator's or a restriction of it.
+        genomes: int16 [N, G]; row `i` of a folder is always the same config, which `facts` must ensure.
+        facts: what the rows are made of, besides the space and the images.
+        accelerator: rows are shared by its processes.
+        advance: called once per row.
+
+    Raises:
+        ValueError: the folder holds a table of other facts, of another space or measurement.
+    """
     header = {
-        "seed": seed,
+        **facts,
         "bn_images": sum(len(b) for b in evaluator.bn_batches),
         "validation_images": _num_images(evaluator.splits["validation"]),
         "arithmetic": evaluator.arithmetic,
@@ -234,18 +262,8 @@ def build_table(
         if not (folder / "header.json").exists():
             write_json(folder / "header.json", header)
     accelerator.wait_for_everyone()
-    stored = {"arithmetic": "simulation", **read_json(folder / "header.json")}
-    if stored != header:
-        arithmetic = stored["arithmetic"]
-        if stored == header | {"arithmetic": arithmetic}:
-            raise ValueError(
-                f"{folder} was measured by {arithmetic} and this search measures by {header['arithmetic']}; set "
-                f"search.integer={'on' if arithmetic == 'integer' else 'off'} to use it, or move it away."
-            )
-        raise ValueError(
-            f"{folder} holds a table measured otherwise (seed, space or images); move it away to build a new one."
-        )
-    genomes = table_genomes(space, size, seed)
+    _check_header({"arithmetic": "simulation", **read_json(folder / "header.json")}, header, folder)
+    size = len(genomes)
     known = dict(read_rows(folder))
     for _ in range(sum(i < size for i in known)):
         if advance is not None and accelerator.is_main_process:
@@ -263,7 +281,22 @@ def build_table(
                 advance()
     accelerator.wait_for_everyone()
     rows = dict(read_rows(folder))
-    return AccuracyTable(genomes, np.array([rows[i] for i in range(size)]))
+    return np.array([rows[i] for i in range(size)])
+
+
+def _check_header(stored: Mapping[str, Any], header: Mapping[str, Any], folder: Path) -> None:
+    """Raises ValueError if the rows of a folder were measured otherwise."""
+    if stored == header:
+        return
+    arithmetic = stored["arithmetic"]
+    if stored == {**header, "arithmetic": arithmetic}:
+        raise ValueError(
+            f"{folder} was measured by {arithmetic} and this search measures by {header['arithmetic']}; set "
+            f"search.integer={'on' if arithmetic == 'integer' else 'off'} to use it, or move it away."
+        )
+    raise ValueError(
+        f"{folder} holds a table measured otherwise (seed, space or images); move it away to build a new one."
+    )
 
 
 def read_rows(folder: Path) -> Iterator[tuple[int, float]]:
