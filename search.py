@@ -19,8 +19,11 @@ from eqnet.data import DataSplits
 from eqnet.nn.specialize import specialize
 from eqnet.report import comparison_table, plot_bits, plot_front, plot_predictor, write_front
 from eqnet.run import Run, open_data, versions
+from eqnet.scoring.emq_trees import PREFIX, find_proxy
 from eqnet.scoring.evaluation import Evaluator, build_table, uniform_configs
+from eqnet.scoring.layer_statistics import gather
 from eqnet.scoring.predictor import AccuracyPredictor, fitted_predictor
+from eqnet.scoring.proxies import PROXIES, Proxy
 from eqnet.search import Found, ParetoFront, exact_front, measured_search, pareto_search
 from eqnet.search.exact import (
     METHODS,
@@ -32,6 +35,7 @@ from eqnet.search.exact import (
     score_batches,
     score_formats,
 )
+from eqnet.search.proxy import proxy_search
 from eqnet.search.scope import Scope, open_scope, read_target_subnet, search_settings, target_header
 from eqnet.settings import Settings
 from eqnet.space import ALL_FORMS, BoundBudget, Budget, CostModel, Genomes, QuantConfig
@@ -80,8 +84,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--form", choices=[f.name for f in ALL_FORMS], help="search one form (default: all of the space)"
     )
-    parser.add_argument("--method", choices=METHODS, default="genetic", help="how to search (default: genetic)")
-    parser.add_argument("--score", help="search on this additive score instead of an accuracy predictor")
+    parser.add_argument(
+        "--method", choices=[*METHODS, "emq"], default="genetic", help="how to search (default: genetic)"
+    )
+    parser.add_argument(
+        "--score", help="search on this additive score, or with emq this proxy, instead of an accuracy predictor"
+    )
     parser.add_argument("--pareto", action="store_true", help="also the front between predicted accuracy and cost")
     parser.add_argument("settings", nargs="*", help="YAML files and key=value overrides of search.*, seed or tracking")
     return parser.parse_intermixed_args()
@@ -91,7 +99,8 @@ def main() -> None:
     """Table, predictor, search, re-ranking, result; builds what is missing."""
     arguments = parse_arguments()
     budget = None if arguments.budget is None else Budget.parse(arguments.budget)
-    additive = arguments.score is not None or arguments.method != "genetic"
+    proxy = choose_proxy(arguments.score) if arguments.method == "emq" else None
+    additive = proxy is None and (arguments.score is not None or arguments.method != "genetic")
     method, score = choose_method(arguments.method, arguments.score) if additive else (None, "")
     run = Run.open(arguments.run)
     if budget is not None and run.settings.subnet is not None:
@@ -130,7 +139,9 @@ def main() -> None:
     tracker = Tracker(run.path, settings.tracking, settings.project, settings.model_dump(), accelerator.is_main_process)
     job = Job(arguments, run, settings, scope, bound, evaluator, accelerator, tracker, console)
     try:
-        if method is None:
+        if proxy is not None:
+            search_proxy(job, proxy, data)
+        elif method is None:
             search(job, trained)
         else:
             plan(job, method, score, data)
@@ -216,6 +227,35 @@ def plan(job: Job, method: Method, score: str, data: DataSplits) -> None:
     if job.arguments.pareto or method.front:
         exact_fronts(job, folder, won, planned, score)
     job.console.print(f"saved {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+
+
+def choose_proxy(name: str | None) -> Proxy:
+    """The proxy of a command line. Raises ValueError if there is none of that name."""
+    if name is None:
+        raise ValueError(f"--method emq needs --score, one of {', '.join(PROXIES)}, or emq:FILE.")
+    return find_proxy(name)
+
+
+def search_proxy(job: Job, proxy: Proxy, data: DataSplits) -> None:
+    """Gathers statistics of the layers, searches on a proxy, measures the winners beside the best uniform config."""
+    supernet, space = job.evaluator.supernet, job.bound.space
+    batches = score_batches(data, job.settings, job.accelerator.device)
+    supernet.set_config(None)
+    supernet.recalibrate_bn(job.evaluator.bn_batches)
+    with progress_bar(job.console, "statistics of the layers", len(proxy.needs) + 1) as advance:
+        statistics = gather(supernet, space, batches, job.accelerator, advance, proxy.needs)
+    how = "integer programming, proven" if proxy.additive else "genetic search"
+    kind = "is a sum over layers" if proxy.additive else "is not a sum over layers"
+    job.console.print(f"{proxy.name} {kind}: {how}", markup=False)
+    s = job.settings.search
+    with progress_bar(job.console, "search", 0 if proxy.additive else s.generations) as advance:
+        result = proxy_search(
+            proxy, statistics, job.bound, job.evaluator, s, job.settings.seed, job.accelerator, advance
+        )
+    facts = {"method": "emq", "score": proxy.name, "additive": proxy.additive}
+    folder, _ = conclude(job, result.found, facts, Path(proxy.name.removeprefix(PREFIX)).stem)
+    if folder is not None:
+        job.console.print(f"saved {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
 
 
 def conclude(job: Job, found: Found, facts: dict[str, Any], score: str | None) -> tuple[Path | None, dict[str, Any]]:

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from scipy.stats import spearmanr
 from test_commands import one_sentence, run  # noqa: F401
-from test_mqbench import QUICK, Eqnet, eqnet  # noqa: F401
+from test_exact import QUICK as SEARCH
+from test_mqbench import Eqnet, eqnet  # noqa: F401
 
 from eqnet.checkpoint import write_json
 from eqnet.scoring.emq import EvolutionSettings, evolve
@@ -322,3 +323,48 @@ def test_evolve_on_the_command_line(eqnet: Eqnet, tmp_path: Path) -> None:  # no
     code, _, err = eqnet("proxies", "evolve", "t.csv", "--output", "a.json")
     assert code == 2
     assert "a.json exists already" in one_sentence(err)
+
+
+# -- search.py --------------------------------------------------------------------------------------------------------
+
+
+def test_search_on_a_sum_over_layers_is_exact(call, run: Path, tmp_path: Path) -> None:  # noqa: F811
+    proxy = EvolvedProxy(parse(["sum_over_layers", "mul", "mean_w", "abs_w", "G_w", "norm_w", "E_w"]), -1)
+    write_json(tmp_path / "mine.json", proxy.to_json())
+    arguments = ["--budget", "w=4,a=5", "--method", "emq", "--run", run, "--form", "channel-sym-sym", *SEARCH]
+    code, out, err = call("search", *arguments, "--score", f"emq:{tmp_path / 'mine.json'}")
+    assert code == 0, err
+    assert "is a sum over layers: integer programming, proven" in " ".join(out.split())
+    subnet = json.loads((run / "search" / "w4-a5-channel-sym-sym-emq-mine" / "subnet.json").read_text())
+    assert subnet["cost"]["w"] <= 4
+    assert subnet["cost"]["a"] <= 5
+    assert subnet["best_searched"]["accuracy"]["predicted"] >= subnet["best_uniform"]["accuracy"]["predicted"]
+    assert (subnet["method"], subnet["additive"]) == ("emq", True)
+
+
+def test_search_on_any_other_proxy_is_genetic(call, run: Path, tmp_path: Path) -> None:  # noqa: F811
+    proxy = EvolvedProxy(parse(["minimum_over_layers", "sub", "b_w", "norm_w", "E_w"]))
+    write_json(tmp_path / "mine.json", proxy.to_json())
+    arguments = ["--budget", "4", "--method", "emq", "--run", run, "--form", "tensor-sym-sym", *SEARCH]
+    code, out, err = call("search", *arguments, "--score", f"emq:{tmp_path / 'mine.json'}")
+    assert code == 0, err
+    assert "is not a sum over layers: genetic search" in " ".join(out.split())
+    subnet = json.loads((run / "search" / "w4-a4-tensor-sym-sym-emq-mine" / "subnet.json").read_text())
+    assert max(subnet["cost"]["w"], subnet["cost"]["a"]) <= 4
+    assert subnet["best_searched"]["accuracy"]["validation"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--method emq needs --score, one of bit_sum"),
+        (["--score", "hawk"], "unknown proxy 'hawk'"),
+        (["--score", "emq:none.json"], "there is no such file"),
+        (["--score", "snip", "--budget", "1.5"], "cannot be met: the smallest reachable is w="),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments: list[str], message: str, call, run: Path) -> None:  # noqa: F811
+    budget = [] if "--budget" in arguments else ["--budget", "4"]
+    code, _, err = call("search", *budget, "--method", "emq", *arguments, "--run", run)
+    assert code == 2
+    assert message in one_sentence(err)

@@ -304,12 +304,6 @@ def is_additive(tree: gp.PrimitiveTree) -> bool:
     return scores <= {"sum_over_layers", "add_scores", "sub_scores"}
 
 
-def needed_scores(tree: gp.PrimitiveTree) -> tuple[str, ...]:
-    """The additive scores among the inputs."""
-    used = [INPUTS[item.name].score for item in tree if item.arity == 0]
-    return tuple(dict.fromkeys(score for score in used if score is not None))
-
-
 def canonical(tree: gp.PrimitiveTree) -> str:
     """One text for trees that order configs alike by the rules of algebra.
 
@@ -358,6 +352,12 @@ class EvolvedProxy:
         """See `is_additive`."""
         return is_additive(self.tree)
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The additive scores among the inputs."""
+        used = [INPUTS[item.name].score for item in self.tree if item.arity == 0]
+        return tuple(dict.fromkeys(score for score in used if score is not None))
+
     def cells(self, statistics: LayerStatistics) -> Floats:
         """See `Proxy`."""
         if not self.additive:
@@ -385,7 +385,7 @@ class EvolvedProxy:
         return values
 
     def _read(self, statistics: LayerStatistics) -> Callable[[str], Floats]:
-        check_needs(self.name, needed_scores(self.tree), statistics)
+        check_needs(self.name, self.needs, statistics)
         return lambda name: INPUTS[name].read(statistics)
 
     def to_json(self) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class Proxy(Protocol):
     Attributes:
         name: of the proxy.
         additive: whether scores are sums over layers, which integer programming can maximise.
+        needs: the additive scores that the statistics must include.
     """
 
     @property
@@ -61,6 +62,9 @@ class Proxy(Protocol):
 
     @property
     def additive(self) -> bool: ...
+
+    @property
+    def needs(self) -> tuple[str, ...]: ...
 
     def cells(self, statistics: LayerStatistics) -> Floats:
         """What a layer adds in each cell, [L, F, A]; raises ValueError unless `additive`."""
