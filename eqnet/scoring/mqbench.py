@@ -239,7 +239,7 @@ class Correlation:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
+        return f"{self.value:+.3f} [{self.low:.2f}, {self.high:.2f}]"
 
 
 def rank(
