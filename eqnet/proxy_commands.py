@@ -212,16 +212,17 @@ def rank_table(
     ranked: dict[str, dict[int, dict[str, Correlation]]], seconds: dict[str, float | None], count: int, title: str
 ) -> Table:
     """One row per score: correlations on all held-out configs, and Spearman's on the best 50 and 20 %."""
-    title = f"{title}: {count} held-out configs; 95 % intervals; best: Spearman among the best; s: seconds per 1,000"
+    title = f"{title}: {count} held-out configs, 95 % intervals; top: Spearman of the best; s: per 1,000"
     table = Table(title=title, title_justify="left", padding=(0, 0))
     table.add_column("score", no_wrap=True)
-    for column in ("Spearman", "Kendall", "Pearson", "best 50 %", "best 20 %", "s"):
+    for column in ("Spearman", "Kendall", "Pearson", "top 50 %", "top 20 %", "s"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, by_top in ranked.items():
         cells = [str(by_top[100][metric]) for metric in ("spearman", "kendall", "pearson")]
         cells += [f"{by_top[top]['spearman'].value:+.3f}" for top in (50, 20)]
         spent = seconds[name]
-        table.add_row(Text(name), *map(Text, cells), "" if spent is None else f"{spent:.1g}")
+        shown = f"emq:{Path(name).stem}" if name.startswith("emq:") else name
+        table.add_row(Text(shown), *map(Text, cells), "" if spent is None else f"{spent:.1g}")
     return table
 
 

@@ -17,6 +17,7 @@ from test_commands import one_sentence, run  # noqa: F401
 from eqnet import cli
 from eqnet.scoring.mqbench import Benchmark, benchmark_genomes, rank, ridge_scores, search_half
 from eqnet.scoring.mqbench101 import read_mqbench101
+from eqnet.scoring.proxies import PROXIES
 from eqnet.space import LayerInfo, QuantSpace
 
 LAYERS = [LayerInfo(f"layer{i}", "conv", (4 + i, 4, 3, 3), 1000 * (i + 1), 100 * (i + 1)) for i in range(10)]
@@ -330,7 +331,7 @@ def test_mistakes_are_one_sentence(arguments: list[str], message: str, eqnet: Eq
         (["--bits", "2,x"], "--bits is a list of whole numbers"),
         (["--bits", "9"], "no weight format left"),
         (["--form", "round"], "unknown form 'round'"),
-        (["train.epochs=3"], "train belongs to the trained run"),
+        (["train.lr=0.5"], "train belongs to the trained run"),
     ],
 )
 def test_mistakes_in_a_space_are_one_sentence(
@@ -352,3 +353,30 @@ def test_proxies_are_listed(eqnet: Eqnet) -> None:
     assert all(
         name in out for name in ("bit_sum", "bparams", "snip", "synflow", "hawq_v2", "ompq", "qe", "entropy", "kl")
     )
+
+
+# -- the committed table ----------------------------------------------------------------------------------------------
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+TABLE = DOCS / "data" / "mqbench_resnet20_w234_a8.csv"
+
+
+def test_the_page_shows_what_the_committed_table_gives(eqnet: Eqnet, tmp_path: Path) -> None:
+    """The figures of the page are those of its command on the committed table."""
+    evolved = DOCS / "data" / "emq_resnet20.json"
+    names = ["ridge", f"emq:{evolved}", "bit_sum", "hessian", "snip"]
+    code, _, err = eqnet("benchmark", "rank", TABLE, "--score", ",".join(names), "--json", "r.json")
+    assert code == 0, err
+    figures = json.loads((tmp_path / "r.json").read_text())
+    rows = [line.strip("| ").split(" | ") for line in (DOCS / "proxies.md").read_text().splitlines()]
+    shown = {row[0]: row[1:] for row in rows if len(row) == 6}
+    for name in names:
+        found = figures[name]
+        cells = [found["top 100 %"][metric] for metric in ("spearman", "kendall", "pearson")]
+        expected = [f"{v:+.3f} [{low:.2f}, {high:.2f}]" for v, low, high in cells]
+        expected += [f"{found[f'top {top} %']['spearman'][0]:+.3f}" for top in (50, 20)]
+        assert shown["emq" if name.startswith("emq:") else name] == expected
+    best = max(float(cells[0].split()[0]) for name, cells in shown.items() if name in PROXIES)
+    assert figures[f"emq:{evolved}"]["top 100 %"]["spearman"][0] > best
+    header = Benchmark.load(TABLE).header
+    assert (header["model"], header["quantizer"]) == ("cifar_resnet20", "post-training")
