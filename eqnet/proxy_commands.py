@@ -214,7 +214,7 @@ def rank_table(
     """One row per score: correlations on all held-out configs, and Spearman's on the best 50 and 20 %."""
     title = f"{title}: {count} held-out configs, 95 % intervals; top: Spearman of the best; s: per 1,000"
     table = Table(title=title, title_justify="left", padding=(0, 0))
-    table.add_column("score", no_wrap=True)
+    table.add_column("score", no_wrap=True, min_width=16)
     for column in ("Spearman", "Kendall", "Pearson", "top 50 %", "top 20 %", "s"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, by_top in ranked.items():
