@@ -7,12 +7,13 @@ variants are left out on a CPU that has no integer kernels.
 
     python -m benchmarks evaluation_speed [--short] [--output folder]
     python -m benchmarks.evaluation_speed accuracy --run folder [--json FILE] [--plot FILE]
-
+    python -m benchmarks.evaluation_speed augmentation --run folder [--json FILE]
     python -m benchmarks.evaluation_speed plot --json FILE --plot FILE
 
 The second form measures accuracies on the supernet of an own run, instead of a small one that the first trains on digits:
-how often integer execution and simulation disagree, and what recalibration with few images costs. The third plots the latter
-from what either wrote.
+how often integer execution and simulation disagree, what recalibration with few images costs, and with images that are not
+augmented as in training; the third measures the latter alone. The fourth plots the error of few images from what the first two
+wrote.
 """
 
 from __future__ import annotations
@@ -38,15 +39,16 @@ from torch import Tensor, nn
 import eqnet.nn.models  # noqa: F401  registers the CIFAR ResNets with timm
 from benchmarks.tables import show
 from benchmarks.timing import interleave, ratio
+from eqnet.augment import Augment
 from eqnet.checkpoint import read_json, write_json
 from eqnet.command import keep_freed_memory
-from eqnet.data import Batches, DataSplits, calibration_batches, random_subset
+from eqnet.data import Batches, DataSplits, bn_batches, calibration_batches, random_subset
 from eqnet.nn.integer import kernels_available
 from eqnet.nn.integer_supernet import IntegerSupernet
 from eqnet.nn.kernels import choose_kernels
 from eqnet.nn.supernet import Supernet, recalibrate_bn
 from eqnet.run import Run, open_data
-from eqnet.scoring.evaluation import Evaluator, table_genomes
+from eqnet.scoring.evaluation import Evaluator, accuracy, table_genomes
 
 NETS = {
     "cifar_resnet20, 32 px, batch 64": ("cifar_resnet20", 32, 64),
@@ -212,14 +214,14 @@ def train_digits(folder: Path, short: bool) -> Path:
     return folder
 
 
-def agreement_rows(supernet: Supernet, data: DataSplits, configs: int, images: int) -> dict[str, Any]:
+def agreement_rows(supernet: Supernet, data: DataSplits, augment: Augment, configs: int, images: int) -> dict[str, Any]:
     """Integer execution against the simulation: top-1 classes and accuracies, over random configs.
 
     "same statistics": BN recalibrated by the simulation. "own statistics": each recalibrates for itself. "floats in another
     order": two simulations, one with torch's own convolutions instead of oneDNN's.
     """
     executor = IntegerSupernet(supernet) if kernels_available() else None
-    bn = calibration_batches(data, 512, 64, 0, "cpu")
+    bn = bn_batches(data, 512, 64, 0, "cpu", augment)
     split = list(batches(data, images))
     labels = torch.cat([y for _, y in split])
 
@@ -245,11 +247,11 @@ def agreement_rows(supernet: Supernet, data: DataSplits, configs: int, images: i
                 found.setdefault(name, []).append((100 * float((got != expected).double().mean()), 100 * float(right)))
     rows: dict[str, Any] = {}
     for name, values in found.items():
-        differ, accuracy = np.array(values).T
+        differ, gained = np.array(values).T
         rows[name] = {
             "other top-1 [% of images]": float(differ.mean()),
-            "accuracy, mean difference [%]": float(accuracy.mean()),
-            "accuracy, deviation [%]": float(accuracy.std()),
+            "accuracy, mean difference [%]": float(gained.mean()),
+            "accuracy, deviation [%]": float(gained.std()),
             "configs": configs,
             "images": len(labels),
         }
@@ -262,8 +264,27 @@ def batches(data: DataSplits, images: int) -> Batches:
     return Batches(split, 64, seed=0, device="cpu", train=False, mean=data.mean, std=data.std)
 
 
+def augmentation_rows(
+    supernet: Supernet, data: DataSplits, augment: Augment, configs: int, images: int
+) -> dict[str, Any]:
+    """Mean accuracy over random configs, BN recalibrated with 512 images as in training, and as they are."""
+    split, rows = list(batches(data, images)), {}
+    drawn = {
+        f"augmented ({augment})": bn_batches(data, 512, 64, 0, "cpu", augment),
+        "as they are": calibration_batches(data, 512, 64, 0, "cpu"),
+    }
+    for name, bn in drawn.items():
+        found = []
+        for genome in table_genomes(supernet.space, configs, 3):
+            supernet.set_config(supernet.space.decode(genome))
+            supernet.recalibrate_bn(bn)
+            found.append(accuracy(supernet, split))
+        rows[name] = {"accuracy [%]": float(np.mean(found)), "configs": configs}
+    return rows
+
+
 def recalibration_rows(
-    supernet: Supernet, data: DataSplits, sizes: list[int], configs: int, draws: int, images: int
+    supernet: Supernet, data: DataSplits, augment: Augment, sizes: list[int], configs: int, draws: int, images: int
 ) -> dict[str, Any]:
     """Accuracy after recalibration with few images, over draws of the images and random configs.
 
@@ -274,7 +295,7 @@ def recalibration_rows(
     executor = IntegerSupernet(supernet) if kernels_available() else None
     split = list(batches(data, images))
     labels = torch.cat([y for _, y in split])
-    drawn = [torch.cat(calibration_batches(data, max(sizes), 64, seed, "cpu")) for seed in range(draws)]
+    drawn = [torch.cat(bn_batches(data, max(sizes), 64, seed, "cpu", augment)) for seed in range(draws)]
     measured = np.zeros((configs, draws, len(sizes)))
     with torch.inference_mode():
         for i, genome in enumerate(table_genomes(supernet.space, configs, 2)):
@@ -326,13 +347,14 @@ def plot_recalibration(rows: dict[str, Any], path: Path) -> None:
 
 def accuracy_rows(run: Run, short: bool) -> dict[str, Any]:
     """Agreement and recalibration on the supernet of a run."""
-    supernet, data = run.load_supernet()[0], open_data(run)
+    supernet, data, augment = run.load_supernet()[0], open_data(run), run.settings.data.augment
     configs, draws, images = (2, 2, 64) if short else (12, 6, 3000)
     largest = 128 if short else min(2048, len(data.train))
     sizes = [n for n in (32, 64, 128, 256, 512, 1024, 2048) if n <= largest]
     return {
-        "agreement": agreement_rows(supernet, data, 2 if short else 30, images),
-        "recalibration": recalibration_rows(supernet, data, sizes, configs, draws, images),
+        "agreement": agreement_rows(supernet, data, augment, 2 if short else 30, images),
+        "augmentation": augmentation_rows(supernet, data, augment, configs, images),
+        "recalibration": recalibration_rows(supernet, data, augment, sizes, configs, draws, images),
     }
 
 
@@ -361,10 +383,12 @@ def main() -> None:
     """The accuracies of an own run, and the processes of `malloc_rows`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     jobs = parser.add_subparsers(dest="job", required=True)
-    accuracy = jobs.add_parser("accuracy")
-    accuracy.add_argument("--run", required=True)
-    accuracy.add_argument("--json", type=Path)
-    accuracy.add_argument("--plot", type=Path)
+    for name in ("accuracy", "augmentation"):
+        own = jobs.add_parser(name)
+        own.add_argument("--run", required=True)
+        own.add_argument("--json", type=Path)
+        if name == "accuracy":
+            own.add_argument("--plot", type=Path)
     plot = jobs.add_parser("plot")
     plot.add_argument("--json", type=Path, required=True)
     plot.add_argument("--plot", type=Path, required=True)
@@ -379,11 +403,16 @@ def main() -> None:
         rows = written.get("rows", written)
         return plot_recalibration(rows.get("digits: recalibration") or rows["recalibration"], arguments.plot)
     keep_freed_memory()
-    rows = accuracy_rows(Run.open(arguments.run), short=False)
+    opened = Run.open(arguments.run)
+    if arguments.job == "augmentation":
+        data, augment = open_data(opened), opened.settings.data.augment
+        rows = augmentation_rows(opened.load_supernet()[0], data, augment, 12, 3000)
+    else:
+        rows = accuracy_rows(opened, short=False)
     show(Console(width=170, highlight=False), arguments.run, rows)
     if arguments.json is not None:
         write_json(arguments.json, rows)
-    if arguments.plot is not None:
+    if arguments.job == "accuracy" and arguments.plot is not None:
         plot_recalibration(rows["recalibration"], arguments.plot)
     return None
 

@@ -31,7 +31,7 @@ import eqnet.nn.models  # noqa: F401  registers the CIFAR ResNets
 from benchmarks.tables import show
 from benchmarks.timing import interleave, machine, ratio
 from eqnet.checkpoint import load_float_weights, write_json
-from eqnet.data import Batches, calibration_batches, random_subset
+from eqnet.data import Batches, bn_batches, calibration_batches, random_subset
 from eqnet.deploy.export import export_onnx
 from eqnet.deploy.runtime import RUNTIMES, sums_are_exact
 from eqnet.deploy.trace import IMAGES, LOWEST_OPSET, OUTPUT, trace_graph
@@ -79,8 +79,10 @@ def quantize_static_file(source: Path, batches: Iterable[Tensor], path: Path) ->
     )  # fmt: skip
 
 
-def write_files(model: nn.Module, supernet: Supernet, batches: list[Tensor], folder: Path) -> dict[str, Path]:
-    """Every variant of a net as a file."""
+def write_files(
+    model: nn.Module, supernet: Supernet, batches: list[Tensor], bn: list[Tensor], folder: Path
+) -> dict[str, Path]:
+    """Every variant of a net as a file; `bn` recalibrates BN."""
     size, target = tuple(batches[0].shape[1:]), load_target(TARGET)
     space = target.restrict(supernet.space)
     mixed = space.sample(np.random.default_rng(MIXED_SEED))
@@ -88,7 +90,7 @@ def write_files(model: nn.Module, supernet: Supernet, batches: list[Tensor], fol
     float_file(model, batches[0], files["float32"])
     quantize_static_file(files["float32"], batches, files["quantize_static"])
     supernet.set_config(space.largest())
-    supernet.recalibrate_bn(batches)
+    supernet.recalibrate_bn(bn)
     traced = trace_graph(supernet.extract(), size, LOWEST_OPSET)
     for name, config in {"8 bits": space.uniform(8, FORM), "mixed 2-8 bits": mixed}.items():
         subnet = supernet.extract(config)
@@ -131,7 +133,7 @@ def random_net(name: str, side: int, rounds: int) -> dict[str, Any]:
     supernet = Supernet.from_model(copy.deepcopy(model), (3, side, side)).eval()
     supernet.calibrate(batches[0])
     with tempfile.TemporaryDirectory() as folder:
-        files = write_files(model, supernet, batches, Path(folder))
+        files = write_files(model, supernet, batches, batches, Path(folder))
         return measure(files, batches[0][:1], rounds)
 
 
@@ -142,12 +144,14 @@ def trained_net(run: Run, images: int, calibration: int, rounds: int) -> dict[st
     model = create_float_model(settings.model, facts["num_classes"], facts["input_size"][0], weights=False)
     load_float_weights(model, run.path / "float.safetensors")
     batches = calibration_batches(data, calibration, 64, settings.seed, "cpu", settings.data.workers)
+    d, count = settings.data, max(calibration, settings.search.bn_images)
+    bn = bn_batches(data, count, 64, settings.seed, "cpu", d.augment, d.workers)
     test = Batches(
         random_subset(data.test, images, settings.seed), 64, seed=settings.seed, device="cpu", train=False,
         mean=data.mean, std=data.std, workers=settings.data.workers,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        files = write_files(model, supernet, batches, Path(folder))
+        files = write_files(model, supernet, batches, bn, Path(folder))
         rows = measure(files, batches[0][:1], rounds)
         for name, path in files.items():
             rows[name]["accuracy %"] = accuracy(path, test.epoch(0))

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eqnet.augment import Ints, channel_statistics, image_transforms, keyed_rng
+from eqnet.augment import Augment, Ints, channel_statistics, image_transforms, keyed_rng
 from eqnet.batches import ArrayData, Batches, Data, ImageData, ImageReader
 from eqnet.sources import DataSettings, Source, open_source
 
@@ -234,7 +234,7 @@ def random_subset(data: Data, count: int, seed: int) -> Data:
 def calibration_batches(
     splits: DataSplits, num_images: int, batch_size: int, seed: int, device: torch.device | str, workers: int = 0
 ) -> list[Tensor]:
-    """Training images without augmentation, the same ones for the same seed, e.g. for step sizes and BN statistics.
+    """Training images without augmentation, the same ones for the same seed, e.g. for step sizes.
 
     Args:
         splits: from `load_data`.
@@ -251,3 +251,38 @@ def calibration_batches(
     mean, std = splits.mean, splits.std
     batches = Batches(subset, batch_size, seed=seed, device=device, train=False, mean=mean, std=std, workers=workers)
     return [images for images, _ in batches.epoch(0)]
+
+
+def bn_batches(
+    splits: DataSplits,
+    num_images: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device | str,
+    augment: Augment,
+    workers: int = 0,
+) -> list[Tensor]:
+    """Training images that BN statistics are computed of, augmented as in training, the same ones for the same seed.
+
+    A network is trained with the statistics of augmented images. Those of the images as they are differ (shifted images have
+    empty borders) and cost accuracy: `benchmarks/evaluation_speed.py` prints how much.
+
+    Args:
+        augment: `data.augment` of the run.
+
+    The others and the result are as for `calibration_batches`.
+    """
+    subset = random_subset(splits.train, num_images, seed)
+    everything = Batches(
+        subset,
+        len(subset),
+        seed=seed,
+        device=device,
+        train=True,
+        augment=augment,
+        mean=splits.mean,
+        std=splits.std,
+        workers=workers,
+    )
+    ((images, _),) = everything.epoch(0)
+    return list(images.split(batch_size))

@@ -21,7 +21,7 @@ from torchvision import transforms
 
 from eqnet.augment import Augment, keyed_rng, seeded
 from eqnet.batches import ArrayData, Batches, ImageData
-from eqnet.data import DataSplits, calibration_batches, load_data, random_subset
+from eqnet.data import DataSplits, bn_batches, calibration_batches, load_data, random_subset
 from eqnet.settings import DataSettings
 
 SPLITS = ("train", "validation", "test")
@@ -448,6 +448,25 @@ def test_calibration_takes_plain_training_images_fixed_by_the_seed(image_splits:
         assert sum(map(len, calibration_batches(splits, 10**6, 512, 0, "cpu"))) == len(splits.train)
         with pytest.raises(ValueError, match="at least 1 image"):
             calibration_batches(splits, 0, 4, 0, "cpu")
+
+
+def test_bn_sees_training_images_augmented_as_in_training(image_splits: DataSplits) -> None:
+    def drawn(splits: DataSplits, augment: Augment, seed: int) -> list[torch.Tensor]:
+        return bn_batches(splits, 10, 4, seed, "cpu", augment)
+
+    for splits, augment in ((load_data(Settings(), 0), "shift"), (image_splits, "timm")):
+        first, again, other = (drawn(splits, augment, seed) for seed in (5, 5, 6))
+        assert [len(images) for images in first] == [4, 4, 2]
+        assert torch.equal(torch.cat(first), torch.cat(again))
+        assert not torch.equal(torch.cat(first), torch.cat(other))
+        plain = {image.numpy().tobytes() for image in torch.cat(calibration_batches(splits, 10, 4, 5, "cpu"))}
+        assert {image.numpy().tobytes() for image in torch.cat(drawn(splits, "none", 5))} == plain
+        assert not {image.numpy().tobytes() for image in torch.cat(first)} <= plain
+    epoch = Batches(
+        random_subset(splits.train, 10, 5), 10, seed=5, device="cpu", train=True, augment="timm",
+        mean=splits.mean, std=splits.std,
+    ).epoch(0)  # fmt: skip
+    assert torch.equal(torch.cat(first), next(iter(epoch))[0])
 
 
 def test_a_random_subset_holds_each_image_once_with_its_label(image_splits: DataSplits) -> None:

@@ -23,7 +23,7 @@ def test_every_file_is_the_same_net(tmp_path: Path) -> None:
         labels = model(images).argmax(1)
     supernet = Supernet.from_model(copy.deepcopy(model), (3, 16, 16)).eval()
     supernet.calibrate(images)
-    files = write_files(model, supernet, [images], tmp_path)
+    files = write_files(model, supernet, [images], [images], tmp_path)
     assert accuracy(files["float32"], [(images, labels)]) == 100.0
     assert accuracy(files["float32"], [(images, (labels + 1) % 10)]) == 0.0
     for name in ("8 bits", "mixed 2-8 bits"):

@@ -45,7 +45,7 @@ class SavedSubnet:
         return tuple(self.facts["input_size"])
 
     def training_images(self, num_images: int) -> Iterator[Tensor]:
-        """The training images that the search recalibrates BN with, without augmentation; the data are opened when asked for."""
+        """Training images without augmentation; the data are opened when asked for."""
         settings = self.run.settings
         yield from calibration_batches(
             open_data(self.run), num_images, _BATCH, settings.seed, "cpu", settings.data.workers

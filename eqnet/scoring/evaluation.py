@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eqnet.checkpoint import read_json, write_json
-from eqnet.data import Batches, Data, DataSplits, calibration_batches, random_subset
+from eqnet.data import Batches, Data, DataSplits, bn_batches, random_subset
 from eqnet.nn.integer import kernels_available
 from eqnet.nn.integer_supernet import IntegerSupernet
 from eqnet.nn.supernet import Supernet
@@ -113,7 +113,8 @@ class Evaluator:
                 workers=settings.data.workers,
             )
 
-        bn = calibration_batches(data, s.bn_images, size, settings.seed, device, settings.data.workers)
+        d = settings.data
+        bn = bn_batches(data, s.bn_images, size, settings.seed, device, d.augment, d.workers)
         splits = {"validation": batches(data.validation, s.max_validation_images), "test": batches(data.test, None)}
         return Evaluator(supernet, bn, splits, s.integer)
 
