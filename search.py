@@ -85,7 +85,7 @@ def parse_arguments() -> argparse.Namespace:
         "--form", choices=[f.name for f in ALL_FORMS], help="search one form (default: all of the space)"
     )
     parser.add_argument(
-        "--method", choices=[*METHODS, "emq"], default="genetic", help="how to search (default: genetic)"
+        "--method", choices=[*METHODS, "emq", "metamix"], default="genetic", help="how to search (default: genetic)"
     )
     parser.add_argument(
         "--score", help="search on this additive score, or with emq this proxy, instead of an accuracy predictor"
@@ -100,9 +100,11 @@ def main() -> None:
     arguments = parse_arguments()
     budget = None if arguments.budget is None else Budget.parse(arguments.budget)
     proxy = choose_proxy(arguments.score) if arguments.method == "emq" else None
-    additive = proxy is None and (arguments.score is not None or arguments.method != "genetic")
-    method, score = choose_method(arguments.method, arguments.score) if additive else (None, "")
+    plain = arguments.method in ("emq", "metamix") or (arguments.method == "genetic" and arguments.score is None)
+    method, score = (None, "") if plain else choose_method(arguments.method, arguments.score)
     run = Run.open(arguments.run)
+    if budget is not None:
+        refuse_metamix(arguments, run)
     if budget is not None and run.settings.subnet is not None:
         raise ValueError(
             f"{run.path} trained one subnet, there is nothing to search; name its supernet's run with --run."
@@ -148,6 +150,17 @@ def main() -> None:
     finally:
         tracker.close()
     return None
+
+
+def refuse_metamix(arguments: argparse.Namespace, run: Run) -> None:
+    """Raises ValueError if bits were, or are asked to be, selected in training."""
+    if run.settings.metamix.budget is not None:
+        raise ValueError(f"{run.path} selected its bits while training; its subnet is {run.path / 'subnet.json'}.")
+    if arguments.method == "metamix":
+        raise ValueError(
+            f"MetaMix selects bits while training and not in a search: `accelerate launch train.py "
+            f"metamix.budget={arguments.budget} model.weights={run.path}` starts from the float model of this run."
+        )
 
 
 def measure_subnet(

@@ -1,6 +1,6 @@
 """Trains a supernet: `accelerate launch train.py [settings.yaml ...] [key=value ...] [--resume]`.
 
-With `subnet=path/subnet.json` it fine-tunes that one config instead.
+With `subnet=path/subnet.json` it fine-tunes that one config instead; with `metamix.budget=...` it selects one while training.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from eqnet.checkpoint import load_float_weights, read_json, write_json
 from eqnet.command import make_console, progress_bar, run_command, start_cpu_processes
 from eqnet.data import DataSplits
 from eqnet.nn.supernet import Supernet
-from eqnet.report import plot_uniform, uniform_table
+from eqnet.report import plot_stability, plot_uniform, uniform_table
 from eqnet.run import Run, create_float_model, open_data, versions
 from eqnet.scoring.evaluation import Evaluator, accuracy, evaluate_uniform, uniform_configs
 from eqnet.settings import Settings, load_settings
+from eqnet.space import Budget
 from eqnet.subnet import describe_subnet, save_subnet
 from eqnet.tracking import Tracker
 from eqnet.training.finetune import build_supernet, complete_settings, note_first_accuracy, store_subnet
 from eqnet.training.loop import make_accelerator
+from eqnet.training.metamix import bind_budget, branch_configs
+from eqnet.training.stability import Stability
 from eqnet.training.trainer import Trainer, export_facts
 
 SPLITS = ["validation", "test"]
@@ -88,11 +91,14 @@ def check_model(settings: Settings, data: DataSplits) -> None:
     supernet = build_supernet(Run.unsaved(settings), model, data.input_size)
     if source is not None:
         supernet.inherit(source)
+    if settings.metamix.budget is not None:
+        branch_configs(supernet.space)
+        bind_budget(Run.unsaved(settings), supernet.space)
 
 
 def next_step(run: Run) -> str:
     """What to do with a finished run."""
-    if run.settings.subnet is None:
+    if not run.settings.one_subnet:
         return f"search it with: python search.py --run {run.path} --budget 4"
     return f"its subnet is {run.path / 'subnet.json'}"
 
@@ -105,7 +111,7 @@ def chosen_few(
     def measure(supernet: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(supernet, Supernet)
         evaluator = Evaluator.from_data(supernet, data, run.settings, accelerator.device)
-        if run.settings.subnet is not None:
+        if run.settings.one_subnet:
             (row,) = evaluator.measure_all([supernet.space.largest()], ["validation"], accelerator)
             console.print(f"step {step}: validation accuracy [%] of the subnet: {row[0]:.2f}")
             if accelerator.is_main_process:
@@ -132,7 +138,7 @@ def evaluate(
     load_float_weights(float_model, run.path / "float.safetensors")
     float_model.to(accelerator.device).eval()
     float_accuracy = {s: accuracy(float_model, evaluator.splits[s]) for s in SPLITS}
-    measure = evaluate_supernet if settings.subnet is None else evaluate_subnet
+    measure = evaluate_subnet if settings.one_subnet else evaluate_supernet
     results = measure(evaluator, float_accuracy, run, accelerator, tracker, console)
     if accelerator.is_main_process:
         write_json(run.path / "evaluation.json", {"float": float_accuracy, **results})
@@ -182,15 +188,29 @@ def evaluate_subnet(
         return {}
     accuracies = read_json(run.path / "subnet.json")["accuracy"] | found
     console.print(
-        f"validation accuracy [%] before fine-tuning {accuracies['validation_before']:.2f}, after "
+        f"validation accuracy [%] before training the subnet {accuracies['validation_before']:.2f}, after "
         f"{found['validation']:.2f}, float {float_accuracy['validation']:.2f}; test {found['test']:.2f}, "
         f"float {float_accuracy['test']:.2f}"
     )
-    header = {"seed": run.settings.seed, "versions": versions()}
+    header: dict[str, Any] = {"seed": run.settings.seed, "versions": versions()}
+    if run.settings.metamix.budget is not None:
+        header |= {"method": "metamix", "budget": str(Budget.parse(run.settings.metamix.budget))}
+        report_stability(run, tracker, console)
     document = {**header, **describe_subnet(config, space, accuracies)}
     save_subnet(run.path, evaluator.supernet, config, evaluator.bn_batches, document)
     tracker.log({f"{s}/subnet": value for s, value in found.items()}, tracker.last_step)
     return {"subnet": accuracies}
+
+
+def report_stability(run: Run, tracker: Tracker, console: Console) -> None:
+    """How much the inputs of BN layers change with the bits before and after bit-meta training, as figures and as a picture."""
+    found = {when: Stability.from_json(data) for when, data in read_json(run.path / "stability.json").items()}
+    figures = {f"stability/{when}": stability.instability for when, stability in found.items()}
+    console.print(
+        "instability of BN inputs over bit-widths: " + ", ".join(f"{n} {s.instability:.3f}" for n, s in found.items())
+    )
+    tracker.log(figures, tracker.last_step)
+    tracker.image("stability", plot_stability(found, run.path / "stability.png"))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from eqnet.checkpoint import atomic_write_text
 from eqnet.scoring.evaluation import UniformAccuracy
 from eqnet.space import CostModel, Genomes, QuantConfig, QuantSpace
 from eqnet.space.cost import Costs
+from eqnet.training.stability import Stability
 
 WEIGHT_COLOR, ACT_COLOR, UNIFORM_COLOR, CHOSEN_COLOR = "#1f5fa8", "#e08a1e", "#7a7a7a", "#c0392b"
 
@@ -211,6 +212,30 @@ def plot_bits(config: QuantConfig, space: QuantSpace, path: Path) -> Path:
     axis.set_yticks(range(0, 9, 2))
     axis.set_ylabel("bits (hatched: fixed)")
     axis.legend(fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0))
+    return _save(figure, path)
+
+
+def plot_stability(found: Mapping[str, Stability], path: Path) -> Path:
+    """Mean and variance of the inputs of BN layers, a line for each bit-width, one column for each measurement."""
+    figure, axes = _figure(2.0 + 3.5 * len(found), 5.2, columns=len(found), rows=2)
+    columns = np.reshape(axes, (2, -1)).T
+    for column, (when, stability) in zip(columns, found.items(), strict=True):
+        shades = np.linspace(0.25, 1.0, len(stability.bits))
+        for axis, first, label, rows in zip(
+            column, columns[0], ("mean", "variance"), (stability.mean, stability.variance), strict=True
+        ):
+            if axis is not first:
+                axis.sharey(first)
+            for bits, shade, row in zip(stability.bits, shades, rows, strict=True):
+                axis.plot(range(len(row)), row, ".-", lw=1, ms=4, color=WEIGHT_COLOR, alpha=shade, label=f"{bits} bit")
+            axis.set_ylabel(f"{label} of BN inputs")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        column[0].set_title(
+            f"{when} bit-meta training: instability {stability.instability:.3f}", fontsize=9, loc="left"
+        )
+        column[1].set_yscale("log")
+        column[1].set_xlabel("BN layer")
+        column[1].legend(fontsize=8, loc="lower right")
     return _save(figure, path)
 
 

@@ -40,7 +40,7 @@ from eqnet.settings import ModelSettings, Settings, SpaceSettings, dump_settings
 from eqnet.space import LayerInfo, QuantFormat, QuantSpace, Slot
 from eqnet.space.hardware import load_target
 
-PHASES = ("pretrain", "supernet")
+PHASES = ("pretrain", "select", "act", "supernet")
 KEPT_CHECKPOINTS = 2
 
 

@@ -23,6 +23,11 @@ def _word(value: Any) -> Any:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
+def _text(value: Any) -> Any:
+    """A budget of mean bits may look like a number."""
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)]
 
 
@@ -131,6 +136,16 @@ class TrainSettings(_Section):
         return self
 
 
+class MetaMixSettings(_Section):
+    """MetaMix: bits are selected while training, within a budget; two phases before that of the supernet."""
+
+    budget: Annotated[str | None, BeforeValidator(_text)] = None  # as in search.py; None: no selection
+    select_epochs: int = Field(10, ge=1)
+    warmup_epochs: int = Field(2, ge=0)  # of the selection, bit-meta only
+    logit_lr: float = Field(0.1, gt=0)
+    act_epochs: int = Field(5, ge=0)  # activations quantized, weights in floating point
+
+
 class SearchSettings(_Section):
     """Accuracy table, predictor (CQAP), genetic search."""
 
@@ -164,8 +179,14 @@ class Settings(_Section):
     data: DataSettings = DataSettings()
     space: SpaceSettings = SpaceSettings()
     pretrain: PretrainSettings = PretrainSettings()
+    metamix: MetaMixSettings = MetaMixSettings()
     train: TrainSettings = TrainSettings()
     search: SearchSettings = SearchSettings()
+
+    @property
+    def one_subnet(self) -> bool:
+        """Whether the run ends with one trained subnet: it is given, or selected by MetaMix."""
+        return self.subnet is not None or self.metamix.budget is not None
 
     @property
     def pretrain_epochs(self) -> int:
@@ -184,6 +205,11 @@ FINE_TUNE: dict[str, Any] = {  # what defaults to something else in a run with `
         "kurtosis": 0.0,  # the weights have found their distribution
         "skewness": 0.0,
     }
+}
+
+METAMIX: dict[str, Any] = {  # likewise in a run with `metamix.budget`
+    "space": {"symmetric": [True], "granularity": ["channel"]},  # bits are selected, forms are not
+    "train": {"lr": 5e-4, "step_size_lr": 3e-4, "teacher": "float", "kurtosis": 0.0, "skewness": 0.0},
 }
 
 

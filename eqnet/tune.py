@@ -216,7 +216,7 @@ def tune(spec: TuneSettings, console: Console, *, all_fully: bool = False) -> Tu
         _share(base, everything, rung.fraction)
     _claim(folder, spec)
     if base.subnet is None and base.pretrain_epochs:  # all candidates start from one float model
-        _train(folder / "float", _changed(base, train={"epochs": 0}), everything, console)
+        _train(folder / "float", _changed(base, metamix={"budget": None}, train={"epochs": 0}), everything, console)
         own = {"model": {"weights": str(folder / "float")}, "pretrain": {"epochs": 0}}
         wanted = [_changed(settings, **own) for settings in wanted]
     rungs: list[dict[int, float | None]] = []
@@ -332,13 +332,13 @@ def _train(folder: Path, settings: Settings, data: DataSplits, console: Console)
     def measure(supernet: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(supernet, Supernet)
         score = _score(supernet, run, data, accelerator)
-        if settings.subnet is not None:
+        if settings.one_subnet:
             note_first_accuracy(run, score)
         return {"validation/mean": score}
 
     tracker = Tracker(folder, "none", settings.project, {})
     trainer = Trainer(run, accelerator, data, tracker, Console(quiet=True), measure)
-    steps = settings.train.epochs * len(trainer.loop.batches)
+    steps = sum(count for name, count in trainer.epochs.items() if name != "pretrain") * len(trainer.loop.batches)
     score: float | None = None
     try:
         supernet = trainer.fit(run.newest_checkpoint()[0])
@@ -358,6 +358,6 @@ def _score(supernet: Supernet, run: Run, data: DataSplits, accelerator: Accelera
     space, bits = supernet.space, run.settings.train.evaluate_bits
     uniform = uniform_configs(space)
     configs = [c for b, _, c in uniform if b in bits] or [c for _, _, c in uniform]
-    if run.settings.subnet is not None:
+    if run.settings.one_subnet:
         configs = [space.largest()]
     return float(evaluator.measure_all(configs, ["validation"], accelerator).mean())

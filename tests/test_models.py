@@ -1,4 +1,4 @@
-"""CIFAR ResNets: the published architecture, the public checkpoints' names and timm's interface."""
+"""Networks for CIFAR: the published architecture, the public checkpoints' names and timm's interface."""
 
 import pytest
 import timm
@@ -167,3 +167,17 @@ def test_timm_adapts_pretrained_weights_to_grey_images_and_other_classes(tmp_pat
     torch.testing.assert_close(model.conv1.weight, source.conv1.weight.sum(1, keepdim=True))
     assert torch.equal(model.layer3[2].conv2.weight, source.layer3[2].conv2.weight)
     assert model.linear.weight.shape == (3, 16)
+
+
+def test_mobilenetv2_is_timms_with_two_strides_fewer():
+    small, original = (
+        timm.create_model("cifar_mobilenetv2", num_classes=10),
+        timm.create_model("mobilenetv2_100", num_classes=10),
+    )
+    assert {n: p.shape for n, p in small.named_parameters()} == {n: p.shape for n, p in original.named_parameters()}
+    strides = [m.stride[0] for m in small.modules() if isinstance(m, nn.Conv2d)]
+    assert strides.count(2) == [m.stride[0] for m in original.modules() if isinstance(m, nn.Conv2d)].count(2) - 2 == 3
+    assert any(m.groups > 1 and m.groups == m.in_channels for m in small.modules() if isinstance(m, nn.Conv2d))
+    assert small.eval().forward_features(torch.randn(1, 3, 32, 32)).shape[2:] == (4, 4)
+    narrow = timm.create_model("cifar_mobilenetv2", variant="mobilenetv2_035", in_chans=1, num_classes=5).eval()
+    assert narrow(torch.randn(2, 1, 8, 8)).shape == (2, 5)

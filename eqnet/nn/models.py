@@ -1,9 +1,10 @@
-"""The ResNets for 32x32 images, which timm lacks: `cifar_resnet20`, `32`, `44` and `56`.
+"""Networks for 32x32 images, which timm lacks: `cifar_resnet20`, `32`, `44`, `56` and `cifar_mobilenetv2`.
 
 He et al., "Deep Residual Learning for Image Recognition" (arXiv 1512.03385), section 4.2: a 3x3 stem of 16 channels, three
 stages of n basic blocks with 16, 32 and 64 channels (6n + 2 weighted layers), global average pooling, one linear layer.
 Importing this module registers the models, so that `timm.create_model("cifar_resnet20")` finds them. State-dict keys are
 those of the widely used public checkpoints (`conv1`, `layer1.0.bn1`, ..., `linear`), which therefore load by name.
+The MobileNetV2 is timm's with two strides fewer.
 
 Shape legend: `N` batch, `C` channels, `H`, `W` height and width of the input, `K` classes.
 """
@@ -15,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.classifier import create_classifier
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, model_entrypoint, register_model
 from torch import Tensor, nn
 
 Shortcut = Literal["A", "B"]
@@ -173,7 +174,12 @@ _CFG: dict[str, Any] = {
     "first_conv": "conv1",
     "classifier": "linear",
 }
-default_cfgs = generate_default_cfgs({f"cifar_resnet{depth}": _CFG for depth in (20, 32, 44, 56)})
+default_cfgs = generate_default_cfgs(
+    {
+        **{f"cifar_resnet{depth}": _CFG for depth in (20, 32, 44, 56)},
+        "cifar_mobilenetv2": {**_CFG, "pool_size": (4, 4), "first_conv": "conv_stem", "classifier": "classifier"},
+    }
+)
 
 
 def _create(depth: int, pretrained: bool, **kwargs: Any) -> nn.Module:
@@ -210,3 +216,20 @@ def cifar_resnet44(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-56, 853,018 parameters with 10 classes and option A; `kwargs` as for `CifarResNet`."""
     return _create(56, pretrained, **kwargs)
+
+
+@register_model
+def cifar_mobilenetv2(pretrained: bool = False, variant: str = "mobilenetv2_100", **kwargs: Any) -> nn.Module:
+    """MobileNetV2 (arXiv 1801.04381) of timm with stride 1 in the stem and in its first strided stage: 8 pixels become one.
+
+    Args:
+        pretrained: refused by timm: there are no weights for 32x32 images.
+        variant: timm's name of the width, e.g. "mobilenetv2_035".
+        kwargs: as for the variant.
+    """
+    model: nn.Module = model_entrypoint(variant)(pretrained=pretrained, **kwargs)
+    for name in ("conv_stem", "blocks.1.0.conv_dw"):
+        conv = model.get_submodule(name)
+        assert isinstance(conv, nn.Conv2d)
+        conv.stride = (1, 1)
+    return model

@@ -134,6 +134,12 @@ class ElasticQuantizer(nn.Module):
         )
 
     @torch.no_grad()
+    def quantized(self, x: Tensor, row: int) -> Tensor:
+        """Fake-quantizes `x` in the format of a row, whichever is active; same shape, no gradient."""
+        formats = self.active._replace(row=torch.full_like(self.row, row))
+        return fake_quantize_active(x, self.scale, self.offset, formats, axis=self.axis, kernels=self.kernels)
+
+    @torch.no_grad()
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(codes, step size, zero point) of `x` in the active format; see `functional.quantize`."""
         return quantize(x, *self.qparams())

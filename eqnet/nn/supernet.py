@@ -153,6 +153,7 @@ class Supernet(nn.Module):
         self.model = model
         self.space = space
         self.config: QuantConfig | None = None
+        self._float_weights = False
         self._layers: dict[str, ElasticLayer] = {layer.name: modules[layer.name] for layer in space.layers}  # type: ignore[misc]
         self.use_kernels(EAGER)
         self.set_config(space.largest())
@@ -210,14 +211,37 @@ class Supernet(nn.Module):
         """
         if config is not None:
             self.space.check(config)  # before anything changes, so that a refused config leaves the active one intact
-        for _, quantizer in self.quantizers():
-            quantizer.enabled = config is not None
+        for layer in self._layers.values():
+            layer.weight_quantizer.enabled = config is not None and not self._float_weights
+            if layer.act_quantizer is not None:
+                layer.act_quantizer.enabled = config is not None
         for name, chosen in (config or {}).items():
             layer = self._layers[name]
             layer.weight_quantizer.select(chosen.weight)
             if layer.act_quantizer is not None and chosen.act is not None:
                 layer.act_quantizer.select(chosen.act)
         self.config = config
+
+    @contextmanager
+    def float_weights(self) -> Iterator[None]:
+        """Configs that are active inside leave the weights in floating point (a phase of MetaMix)."""
+        before, self._float_weights = self._float_weights, True
+        try:
+            self.set_config(self.config)
+            yield
+        finally:
+            self._float_weights = before
+            self.set_config(self.config)
+
+    @torch.no_grad()
+    def calibrate_weights(self) -> None:
+        """Initialises every row of the weight quantizers from the weights as they are (EQ-Net section 3.2)."""
+
+        def calibrate(layer: ElasticLayer) -> None:
+            with torch.no_grad():  # each thread has a mode of its own
+                layer.weight_quantizer.calibrate(layer.float_weight)
+
+        in_threads(calibrate, sorted(self._layers.values(), key=lambda layer: -layer.latent_weight.numel()))
 
     @torch.no_grad()
     def calibrate(self, images: Tensor | Iterable[Tensor]) -> None:
@@ -234,17 +258,12 @@ class Supernet(nn.Module):
             ValueError: there is no batch, or a value is not finite. Everything is left as it was.
         """
 
-        def calibrate_weight(layer: ElasticLayer) -> None:
-            with torch.no_grad():  # each thread has a mode of its own
-                layer.weight_quantizer.calibrate(layer.float_weight)
-
         before = self.config
         quantizers = [quantizer for _, quantizer in self.quantizers()]
         saved = [{name: t.clone() for name, t in q.state_dict().items()} for q in quantizers]
         inputs = [layer.act_quantizer for layer in self._layers.values() if layer.act_quantizer is not None]
         try:
-            large_first = sorted(self._layers.values(), key=lambda layer: -layer.latent_weight.numel())
-            in_threads(calibrate_weight, large_first)
+            self.calibrate_weights()
             self.set_config(self.space.largest())
             for quantizer in inputs:
                 quantizer.observing = True
@@ -327,6 +346,19 @@ def kept_batch_norm(model: nn.Module) -> Iterator[None]:
     finally:
         for module, state in zip(modules, saved, strict=True):
             module.load_state_dict(state)
+
+
+@contextmanager
+def frozen_batch_norm(model: nn.Module) -> Iterator[None]:
+    """BN normalises with the statistics of each batch and leaves its buffers bit-identical; as before afterwards."""
+    modes = [(m, m.training, m.track_running_stats) for m in model.modules() if isinstance(m, BATCH_NORM_TYPES)]
+    for module, _, _ in modes:
+        module.training, module.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for module, training, tracked in modes:
+            module.training, module.track_running_stats = training, tracked
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import nn
 from eqnet.checkpoint import read_json, write_json
 from eqnet.nn.supernet import Supernet, count_float_numel, trace_layers
 from eqnet.run import Run, training_space
-from eqnet.settings import FINE_TUNE, Settings, load_settings
+from eqnet.settings import FINE_TUNE, METAMIX, Settings, load_settings
 from eqnet.space import LayerInfo, QuantConfig, QuantFormat, QuantSpace, Slot
 from eqnet.subnet import read_subnet
 
@@ -42,15 +42,18 @@ def static_space(space: QuantSpace, config: QuantConfig) -> QuantSpace:
 
 
 def build_supernet(run: Run, model: nn.Module, input_size: Sequence[int]) -> Supernet:
-    """`model`, converted in place to the formats of the run: the space of its settings, or its subnet alone.
+    """`model`, converted in place to the formats of the run: its subnet alone, once it has one, or the space of its settings.
 
     Raises:
         ValueError: the space does not fit the model, or the subnet does not fit the space.
     """
     layers = trace_layers(model, input_size)
     space = training_space(run.settings.space, layers, count_float_numel(model, layers))
-    if run.settings.subnet is not None:
-        space = static_space(space, read_subnet(_subnet_path(run), space))
+    stored = run.path / "subnet.json"
+    if stored.exists():
+        space = static_space(space, read_subnet(stored, space))
+    elif run.settings.subnet is not None:
+        space = static_space(space, read_subnet(run.settings.subnet, space))
     return Supernet(model, space)
 
 
@@ -68,28 +71,27 @@ def note_first_accuracy(run: Run, validation: float) -> None:
         write_json(run.path / "subnet.json", {**document, "accuracy": {"validation_before": validation}})
 
 
-def _subnet_path(run: Run) -> Path:
-    stored = run.path / "subnet.json"
-    assert run.settings.subnet is not None
-    return stored if stored.exists() else Path(run.settings.subnet)
-
-
 def complete_settings(arguments: Sequence[str]) -> Settings:
     """Settings of a new run; those of one with `subnet` start from `FINE_TUNE` and from the run of its supernet.
 
-    That run is `supernet`, or the one whose folder holds the file, unless float weights are given.
+    Those of one with `metamix.budget` start from `METAMIX`. That run is `supernet`, or the one whose folder holds the file, unless float weights are given.
 
     Args:
         arguments: as for `load_settings`.
 
     Raises:
-        ValueError: wrong settings; `supernet` without `subnet`; a model, space or images other than the supernet's.
+        ValueError: wrong settings; a subnet and a budget; no epoch that selects; `supernet` without `subnet`; a model, space or images other than the supernet's.
     """
     asked = load_settings(arguments)
+    metamix = asked.metamix
+    if metamix.budget is not None and asked.subnet is not None:
+        raise ValueError("subnet= gives the bits and metamix.budget= selects them; give one of the two.")
+    if metamix.budget is not None and metamix.warmup_epochs >= metamix.select_epochs:
+        raise ValueError("metamix.warmup_epochs must be fewer than metamix.select_epochs, or nothing is selected.")
     if asked.subnet is None:
         if asked.supernet is not None:
             raise ValueError("supernet= is the run that a subnet comes from; give subnet=path/subnet.json as well.")
-        return asked
+        return asked if metamix.budget is None else load_settings(arguments, METAMIX)
     folder = asked.supernet
     if folder is None and asked.model.weights is None and not asked.model.pretrained:
         held_by = [p for p in Path(asked.subnet).resolve().parents if (p / "supernet.json").is_file()]

@@ -66,7 +66,7 @@ class Phase:
         supernet: the bare supernet whose step sizes are logged, if any.
         ema: the moving average that follows it, if any.
         evaluate: called with (bare model, step) every `train.evaluate_epochs`; returns figures to log.
-        evaluate_first: also evaluate and save before the first step.
+        first: called so before the first step, after which the state is saved.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Phase:
     supernet: Supernet | None = None
     ema: ModelEmaV3 | None = None
     evaluate: Evaluate | None = None
-    evaluate_first: bool = False
+    first: Evaluate | None = None
 
 
 class Loop:
@@ -134,8 +134,8 @@ class Loop:
             step = resume.step
         self.tracker.rewind(phase.offset + step)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if phase.evaluate_first and resume is None:
-            self._evaluate(phase, 0)
+        if phase.first is not None and resume is None:
+            self._evaluate(phase.first, phase, 0)
             self.run.save_checkpoint(self.accelerator, phase.name, 0)
         phase.model.train()
         with self._bar(phase.name, total, step) as advance:
@@ -164,7 +164,7 @@ class Loop:
                     # before the checkpoint, so that a resumed run neither misses nor repeats an evaluation
                     due = t.evaluate_epochs and step % (t.evaluate_epochs * per_epoch) == 0 and step < total
                     if phase.evaluate is not None and due:
-                        self._evaluate(phase, step)
+                        self._evaluate(phase.evaluate, phase, step)
                         phase.model.train()
                     if self._stopping(step):
                         self.run.save_checkpoint(self.accelerator, phase.name, step)
@@ -175,13 +175,12 @@ class Loop:
                         self.run.save_checkpoint(self.accelerator, phase.name, step)
         self.run.save_checkpoint(self.accelerator, phase.name, step)
 
-    def _evaluate(self, phase: Phase, step: int) -> None:
+    def _evaluate(self, evaluate: Evaluate, phase: Phase, step: int) -> None:
         """Logs the chosen few; leaves configs and BN statistics as they were."""
         model = phase.supernet if phase.ema is None else phase.ema.module
-        assert phase.evaluate is not None
         assert model is not None
         with kept_batch_norm(model):
-            self.tracker.log(phase.evaluate(model, phase.offset + step), phase.offset + step)
+            self.tracker.log(evaluate(model, phase.offset + step), phase.offset + step)
 
     def _check_finite(self, parts: Mapping[str, Tensor], phase: str, step: int) -> None:
         for name, value in parts.items():

@@ -13,7 +13,7 @@ Departs from the official code: the largest subnet keeps the first and last laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -68,22 +68,48 @@ def supernet_step(
         `kurtosis`, `skewness` (unweighted), and `total` (weighted as above).
     """
     parts: dict[str, Tensor] = {}
-
-    def note(name: str, value: Tensor, share: float = 1.0) -> None:
-        parts[name] = parts.get(name, value.new_zeros(())) + value.detach().float() * share
-
     if settings.kurtosis or settings.skewness:
         wdr = weight_distribution_loss(
             regularised_weights(supernet, settings), settings.kurtosis_target, supernet.kernels
         )
         weighted = settings.kurtosis * wdr["kurtosis"] + settings.skewness * wdr["skewness"]
         accelerator.backward(weighted)
-        for name, value in wdr.items():
-            note(name, value)
-        note("total", weighted)
+        parts = {name: value.detach().float() for name, value in {**wdr, "total": weighted}.items()}
+    roles = dict(zip(subnet_roles(len(configs)), configs, strict=True))
+    subnets = accumulate_gradients(accelerator, model, supernet, images, targets, roles, criterion, settings, teacher)
+    total = subnets["total"] if "total" not in parts else parts["total"] + subnets["total"]
+    return {**parts, **subnets, "total": total}
+
+
+def accumulate_gradients(
+    accelerator: Accelerator,
+    model: nn.Module,
+    supernet: Supernet,
+    images: Tensor,
+    targets: Tensor,
+    configs: Mapping[str, QuantConfig],
+    criterion: Criterion,
+    settings: TrainSettings,
+    teacher: nn.Module | None = None,
+    *,
+    progressive: bool = True,
+    scale: float = 1.0,
+) -> dict[str, Tensor]:
+    """Accumulates the gradients of the losses of some subnets, one after the other on each micro-batch.
+
+    Args:
+        configs: subnets by name.
+        progressive: each subnet teaches the next; otherwise the teacher, if any, guides all of them.
+        scale: factor on the sum of the losses.
+
+    The others, and what is returned, are as in `supernet_step`; `total` is scaled.
+    """
+    parts: dict[str, Tensor] = {}
+
+    def note(name: str, value: Tensor, share: float) -> None:
+        parts[name] = parts.get(name, value.new_zeros(())) + value.detach().float() * share
 
     chunks = min(settings.accumulation, len(images))
-    roles = subnet_roles(len(configs))
     pieces = zip(images.tensor_split(chunks), targets.tensor_split(chunks), strict=True)
     for i, (x, y) in enumerate(pieces):
         share = len(x) / len(images)
@@ -91,25 +117,32 @@ def supernet_step(
         if teacher is not None:
             with torch.no_grad(), accelerator.autocast():
                 guide = teacher(x)
-        for role, config in zip(roles, configs, strict=True):
+        for number, (name, config) in enumerate(configs.items(), 1):
             supernet.set_config(config)
-            last = i == chunks - 1 and role == roles[-1]
+            last = i == chunks - 1 and number == len(configs)
             with accelerator.no_sync(model) if not last else nullcontext():
                 with accelerator.autocast():
                     logits = model(x)
-                logits = logits.float()
-                loss = task = criterion(logits, y)
-                if guide is not None:  # GPG-Loss, eq. 8: each subnet is taught by the one before it
-                    gpg = guidance_loss(
-                        logits, guide.float(), task, weight=settings.guidance, temperature=settings.temperature
-                    )
-                    loss = gpg["total"]
-                    note(f"guidance/{role}", gpg["guidance"], share)
-                accelerator.backward(loss * share)
-            guide = logits.detach()
-            note(f"task/{role}", task, share)
-            note("total", loss, share)
+                losses = subnet_loss(logits, y, guide, criterion, settings)
+                loss = losses.pop("total")
+                accelerator.backward(loss * (share * scale))
+            if progressive:
+                guide = logits.detach()
+            for part, value in losses.items():
+                note(f"{part}/{name}", value, share)
+            note("total", loss, share * scale)
     return parts
+
+
+def subnet_loss(
+    logits: Tensor, targets: Tensor, guide: Tensor | None, criterion: Criterion, settings: TrainSettings
+) -> dict[str, Tensor]:
+    """The loss of one subnet as named parts: "task", "guidance" if there is a guide [N, classes] (eq. 8), and their "total"."""
+    logits = logits.float()
+    task = criterion(logits, targets)
+    if guide is None:
+        return {"task": task, "total": task}
+    return guidance_loss(logits, guide.float(), task, weight=settings.guidance, temperature=settings.temperature)
 
 
 def regularised_weights(supernet: Supernet, settings: TrainSettings) -> dict[str, Tensor]:

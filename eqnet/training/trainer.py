@@ -1,11 +1,14 @@
-"""The phases of a run: float training, then the supernet.
+"""The phases of a run: float training, then the supernet (EQ-Net, arXiv 2308.07650).
 
-EQ-Net (arXiv 2308.07650). Each phase is a model, an optimizer and a step; `loop.Loop` runs it.
+With a budget for MetaMix (arXiv 2311.06798) the bits are selected in between, and the supernet is that of one config: its
+activations are quantized first, then its weights too. Each phase is a model, an optimizer and a step; `loop.Loop` runs it.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +21,32 @@ from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossE
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from eqnet.checkpoint import load_float_weights, save_tensors
+from eqnet.checkpoint import load_float_weights, read_json, save_tensors, write_json
 from eqnet.data import DataSplits, calibration_batches
 from eqnet.nn.kernels import Kernels, choose_kernels, traced_kernels
 from eqnet.nn.supernet import Supernet
-from eqnet.run import Checkpoint, Run, create_float_model, target_spaces
+from eqnet.run import Checkpoint, Run, create_float_model, target_spaces, training_space
+from eqnet.settings import Settings
 from eqnet.space import QuantConfig, SandwichSampler
 from eqnet.tracking import Tracker
 from eqnet.training.finetune import build_supernet
 from eqnet.training.loop import Evaluate, Loop, Phase
+from eqnet.training.metamix import (
+    BitSelection,
+    bind_budget,
+    bit_meta_step,
+    bit_search_step,
+    branch_configs,
+    describe_selection,
+    logit_optimizer,
+    weights_searched,
+    within_budget,
+)
 from eqnet.training.optimizer import SupernetAdamW, parameter_groups
+from eqnet.training.stability import Stability, measure_stability
 from eqnet.training.step import Criterion, supernet_step
 
+SubnetStep = Callable[[nn.Module, Tensor, Tensor, int], dict[str, Tensor]]
 COMPILE_PAYS = 3e9  # quantized inputs of a whole run on CPU from which compiling, 10 to 20 s, saves more than it costs
 
 
@@ -58,20 +75,33 @@ class Trainer:
         self.console, self.evaluate = console, evaluate
         self.settings = run.settings
         self.loop = Loop(run, accelerator, data, tracker, console)
+        self._criterion, self._mix = _task_loss(self.settings, data.num_classes, accelerator.num_processes)
+
+    @property
+    def epochs(self) -> dict[str, int]:
+        """Epochs of each phase of the run, in order."""
+        s, m = self.settings, self.settings.metamix
+        selection = {} if m.budget is None else {"select": m.select_epochs, "act": m.act_epochs}
+        return {"pretrain": s.pretrain_epochs, **selection, "supernet": s.train.epochs}
 
     def fit(self, resume: Checkpoint | None) -> Supernet:
-        """Runs what is left of both phases and returns the trained supernet (its EMA if one is kept).
+        """Runs what is left of all phases and returns the trained supernet (its EMA if one is kept).
 
         Raises:
             DivergedError: the loss is not finite; the last checkpoint is intact.
             Interrupted: SIGINT or SIGTERM arrived; a checkpoint was written.
         """
+        phase = None if resume is None else resume.phase
         with self.loop.catch_signals():
-            model = self._float_phase(
-                resume if resume and resume.phase == "pretrain" else None,
-                done=resume is not None and resume.phase == "supernet",
-            )
-            return self._supernet_phase(model, resume if resume and resume.phase == "supernet" else None)
+            model = self._float_phase(resume if phase == "pretrain" else None, done=phase not in (None, "pretrain"))
+            teacher = None
+            if self.settings.train.teacher == "float":
+                teacher = copy.deepcopy(model).eval().requires_grad_(False)
+            if self.settings.metamix.budget is None:
+                supernet = self._supernet(model, calibrate=resume is None or phase == "pretrain")
+            else:
+                supernet = self._selected(model, teacher, resume)
+            return self._supernet_phase(supernet, teacher, resume if phase == "supernet" else None)
 
     def _float_phase(self, resume: Checkpoint | None, done: bool) -> nn.Module:
         s = self.settings
@@ -84,13 +114,12 @@ class Trainer:
             return model.to(self.accelerator.device)
         if s.pretrain_epochs:
             model = self._to_device(model)
-            criterion, mix = self._criterion()
 
             def compute(images: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
-                images, targets = mix(images, labels) if mix is not None else (images, labels)
+                images, targets = self._mix(images, labels) if self._mix is not None else (images, labels)
                 with self.accelerator.autocast():
                     logits = prepared(images)
-                loss = criterion(logits.float(), targets)
+                loss = self._criterion(logits.float(), targets)
                 self.accelerator.backward(loss)
                 return {"task": loss.detach()}
 
@@ -107,23 +136,67 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         return model.to(self.accelerator.device)
 
-    def _supernet_phase(self, model: nn.Module, resume: Checkpoint | None) -> Supernet:
-        s, t = self.settings, self.settings.train
-        teacher = None
-        if t.teacher == "float":
-            teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    def _supernet(self, model: nn.Module, calibrate: bool) -> Supernet:
+        """The supernet of the run in its first state; what a checkpoint restores is left out unless `calibrate`."""
+        s = self.settings
         supernet = build_supernet(self.run, model, self.data.input_size)
-        if resume is None and s.supernet is not None:
+        if calibrate and s.supernet is not None:
             supernet.inherit(Run.open(s.supernet).load_supernet()[0])
         self._to_device(supernet)
         if supernet.uncovered and self.accelerator.is_main_process:
             self.console.print(f"left in floating point: {', '.join(supernet.uncovered)}", style="dim")
-        if resume is None and s.supernet is None:
-            count, device = t.calibration_images, self.accelerator.device
-            (images,) = calibration_batches(self.data, count, count, s.seed, device, s.data.workers)
-            supernet.calibrate(images)
+        if calibrate and s.supernet is None:
+            supernet.calibrate(self._calibration_images())
         supernet.use_kernels(self._kernels(supernet))
+        return supernet
+
+    def _calibration_images(self) -> Tensor:
+        count, device = self.settings.train.calibration_images, self.accelerator.device
+        (images,) = calibration_batches(self.data, count, count, self.settings.seed, device, self.settings.data.workers)
+        return images
+
+    def _supernet_phase(self, supernet: Supernet, teacher: nn.Module | None, resume: Checkpoint | None) -> Supernet:
+        s, t = self.settings, self.settings.train
         ema = None if t.ema_decay is None else ModelEmaV3(supernet, decay=t.ema_decay)
+        parts = [] if s.one_subnet else target_spaces(supernet.space, s.space.targets)
+        sampler = SandwichSampler(supernet.space, num_random=t.num_random, form_per=t.form_per, within=parts)
+
+        def step(model: nn.Module, images: Tensor, targets: Tensor, step: int) -> dict[str, Tensor]:
+            configs = step_configs(sampler, s.seed, step)
+            return supernet_step(
+                self.accelerator, model, supernet, images, targets, configs, self._criterion, t, teacher=teacher
+            )
+
+        first = None if s.subnet is None else self.evaluate  # as it came
+        self._train("supernet", supernet, step, resume, ema=ema, evaluate=self.evaluate, first=first)
+        result = supernet if ema is None else ema.module
+        assert isinstance(result, Supernet)
+        return result.eval()
+
+    def _train(
+        self,
+        name: str,
+        supernet: Supernet,
+        step: SubnetStep,
+        resume: Checkpoint | None,
+        extra: Sequence[Any] = (),
+        ema: ModelEmaV3 | None = None,
+        evaluate: Evaluate | None = None,
+        first: Evaluate | None = None,
+    ) -> None:
+        """One phase of a supernet: puts optimizer, processes and precision around it, and takes them off again.
+
+        Args:
+            name: of the phase.
+            supernet: what is trained.
+            step: (prepared model, images, targets, step) -> loss parts.
+            resume: a checkpoint of this phase.
+            extra: modules and optimizers that belong to its checkpoints as well.
+            ema: as in `Phase`, like the others.
+            evaluate: likewise.
+            first: likewise.
+        """
+        t = self.settings.train
         groups = parameter_groups(
             supernet,
             supernet.step_sizes(),
@@ -135,42 +208,127 @@ class Trainer:
         wrapped: nn.Module = supernet
         if t.sync_bn and self.accelerator.num_processes > 1 and self.accelerator.device.type == "cuda":
             wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(supernet)
-        prepared, optimizer = self.accelerator.prepare(wrapped, SupernetAdamW(groups))
+        prepared, optimizer, *_ = self.accelerator.prepare(wrapped, SupernetAdamW(groups), *extra)
         if ema is not None:
             self.accelerator.register_for_checkpointing(ema)
-        parts = [] if s.subnet is not None else target_spaces(supernet.space, s.space.targets)
-        sampler = SandwichSampler(supernet.space, num_random=t.num_random, form_per=t.form_per, within=parts)
-        criterion, mix = self._criterion()
         # training alone is compiled as a whole; evaluation in between runs the same modules uncompiled
         trained: Any = torch.compile(prepared) if t.compile == "network" else prepared
 
-        def compute(images: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
-            images, targets = mix(images, labels) if mix is not None else (images, labels)
-            configs = step_configs(sampler, s.seed, step)
-            return supernet_step(
-                self.accelerator, trained, supernet, images, targets, configs, criterion, t, teacher=teacher
-            )
+        def compute(images: Tensor, labels: Tensor, number: int) -> dict[str, Tensor]:
+            images, targets = self._mix(images, labels) if self._mix is not None else (images, labels)
+            return step(trained, images, targets, number)
 
+        before = list(self.epochs)[: list(self.epochs).index(name)]
         phase = Phase(
-            "supernet",
+            name,
             prepared,
             optimizer,
-            t.epochs,
+            self.epochs[name],
             compute,
-            offset=s.pretrain_epochs * len(self.loop.batches),
+            offset=sum(self.epochs[p] for p in before) * len(self.loop.batches),
             warmup_epochs=t.warmup_epochs,
             supernet=supernet,
             ema=ema,
-            evaluate=self.evaluate,
-            evaluate_first=s.subnet is not None,  # as it came
+            evaluate=evaluate,
+            first=first,
         )
         self.loop.train(phase, resume)
-        self.accelerator.unwrap_model(
-            prepared, keep_fp32_wrapper=False
-        )  # accelerate's autocast would stay in `forward`
-        result = supernet if ema is None else ema.module
-        assert isinstance(result, Supernet)
-        return result.eval()
+        # accelerate's autocast would stay in `forward`
+        self.accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
+
+    # -- MetaMix ------------------------------------------------------------------------------------------------------
+
+    def _selected(self, model: nn.Module, teacher: nn.Module | None, resume: Checkpoint | None) -> Supernet:
+        """The supernet of the selected bits after its activation phase; selects them if that is not done yet."""
+        phase = None if resume is None else resume.phase
+        if phase in ("act", "supernet"):
+            supernet = self._supernet(model, calibrate=False)
+        else:
+            source = self._select_phase(model, teacher, resume if phase == "select" else None)
+            fresh = create_float_model(
+                self.settings.model, self.data.num_classes, self.data.input_size[0], weights=False
+            )
+            load_float_weights(fresh, self.run.path / "float.safetensors")
+            supernet = self._supernet(fresh, calibrate=False)
+            supernet.inherit(source)
+        if phase == "supernet":
+            return supernet
+        space = training_space(self.settings.space, supernet.space.layers, supernet.space.float_numel)
+        if not weights_searched(space) and phase != "act":
+            supernet.calibrate_weights()
+        config = supernet.space.largest()
+
+        def step(model: nn.Module, images: Tensor, targets: Tensor, step: int) -> dict[str, Tensor]:
+            with supernet.float_weights():
+                return supernet_step(
+                    *(
+                        self.accelerator,
+                        model,
+                        supernet,
+                        images,
+                        targets,
+                        [config],
+                        self._criterion,
+                        self.settings.train,
+                    ),
+                    teacher=teacher,
+                )
+
+        self._train("act", supernet, step, resume if phase == "act" else None, first=self.evaluate)
+        if not weights_searched(space):
+            supernet.calibrate_weights()
+        return supernet
+
+    def _select_phase(self, model: nn.Module, teacher: nn.Module | None, resume: Checkpoint | None) -> Supernet:
+        """Bit-meta and bit-search; writes what was selected as `subnet.json`."""
+        s, m, run = self.settings, self.settings.metamix, self.run
+        (run.path / "subnet.json").unlink(missing_ok=True)  # of a selection that was not saved
+        supernet = self._supernet(model, calibrate=False)
+        branches, bound = branch_configs(supernet.space), bind_budget(run, supernet.space)
+        selection = BitSelection(supernet.space, bound, s.seed).to(self.accelerator.device)
+        logits = logit_optimizer(selection, m.logit_lr)
+        weights = nullcontext if weights_searched(supernet.space) else supernet.float_weights
+        images = self._calibration_images()
+        if resume is None:
+            with weights():
+                supernet.calibrate(images)
+                self._note_stability("before", measure_stability(supernet, branches, images))
+        warmup = m.warmup_epochs * len(self.loop.batches)
+
+        def step(model: nn.Module, images: Tensor, targets: Tensor, step: int) -> dict[str, Tensor]:
+            common, found = (images, targets), {}
+            with weights():
+                if step >= warmup:
+                    found = bit_search_step(
+                        *(self.accelerator, supernet, selection, logits, *common, self._criterion, s.train), teacher
+                    )
+                meta = bit_meta_step(
+                    *(self.accelerator, model, supernet, *common, branches, self._criterion, s.train), teacher
+                )
+            return {**meta, **found}
+
+        self._train("select", supernet, step, resume, extra=(selection, logits))
+        with weights():
+            self._note_stability("after", measure_stability(supernet, branches, images))
+        genome = within_budget(
+            selection.probabilities.detach().cpu().numpy(), bound, np.random.default_rng((s.seed, 3))
+        )
+        if self.accelerator.is_main_process:
+            write_json(run.path / "selection.json", describe_selection(selection, bound, genome, m.budget or ""))
+            write_json(run.path / "subnet.json", {"layers": supernet.space.decode(genome).to_json()})
+            costs = ", ".join(cost.format(float(cost(genome[None])[0])) for cost in bound.costs)
+            self.console.print(f"selected bits within {m.budget}: {costs}")
+        self.accelerator.wait_for_everyone()
+        return supernet
+
+    def _note_stability(self, when: str, found: Stability) -> None:
+        """Adds to `stability.json`; "before" begins it anew."""
+        path = self.run.path / "stability.json"
+        if self.accelerator.is_main_process:
+            write_json(path, {**({} if when == "before" else read_json(path)), when: found.to_json()})
+
+    # -- what the phases share ----------------------------------------------------------------------------------------
 
     def _kernels(self, supernet: Supernet) -> Kernels:
         mode, device = self.settings.train.compile, self.accelerator.device
@@ -179,7 +337,8 @@ class Trainer:
             * self.settings.data.batch_size
             // self.accelerator.num_processes
         )
-        steps = self.settings.train.epochs * len(self.loop.batches) * (2 + self.settings.train.num_random)
+        epochs = sum(count for name, count in self.epochs.items() if name != "pretrain")
+        steps = epochs * len(self.loop.batches) * (2 + self.settings.train.num_random)
         if mode == "auto" and device.type == "cpu" and values * steps < COMPILE_PAYS:
             mode = "off"
         if mode == "network":
@@ -191,14 +350,20 @@ class Trainer:
         layout = torch.channels_last if self.settings.train.channels_last else torch.contiguous_format
         return model.to(self.accelerator.device, memory_format=layout)  # type: ignore[call-overload, no-any-return]
 
-    def _criterion(self) -> tuple[Criterion, Mixup | None]:
-        t = self.settings.train
-        if t.mixup or t.cutmix:
-            if (self.settings.data.batch_size // self.accelerator.num_processes) % 2:
-                raise ValueError("train.mixup and train.cutmix need an even data.batch_size for each process.")
-            mix = Mixup(t.mixup, t.cutmix, label_smoothing=t.label_smoothing, num_classes=self.data.num_classes)
-            return SoftTargetCrossEntropy(), mix
-        return LabelSmoothingCrossEntropy(t.label_smoothing) if t.label_smoothing else nn.CrossEntropyLoss(), None
+
+def _task_loss(settings: Settings, num_classes: int, processes: int) -> tuple[Criterion, Mixup | None]:
+    """The task loss of the settings, and what mixes images before it.
+
+    Raises:
+        ValueError: batches that cannot be mixed.
+    """
+    t = settings.train
+    if t.mixup or t.cutmix:
+        if (settings.data.batch_size // processes) % 2:
+            raise ValueError("train.mixup and train.cutmix need an even data.batch_size for each process.")
+        mix = Mixup(t.mixup, t.cutmix, label_smoothing=t.label_smoothing, num_classes=num_classes)
+        return SoftTargetCrossEntropy(), mix
+    return LabelSmoothingCrossEntropy(t.label_smoothing) if t.label_smoothing else nn.CrossEntropyLoss(), None
 
 
 def step_configs(sampler: SandwichSampler, seed: int, step: int) -> list[QuantConfig]:
