@@ -310,12 +310,13 @@ def recalibration_rows(
     for k, size in enumerate(sizes):
         m = measured[:, :, k]
         own = m - m.mean(0) - m.mean(1, keepdims=True) + m.mean()
+        kendall = float(np.mean([kendalltau(column, reference)[0] for column in m.T]))
         rows[f"{size} images"] = {
             "images": size,
             "accuracy [%]": float(m.mean()),
             "shared deviation [%]": float(m.mean(0).std(ddof=1)),
             "own deviation [%]": float(np.sqrt((own**2).sum() / max((configs - 1) * (draws - 1), 1))),
-            "Kendall": float(np.mean([kendalltau(column, reference)[0] for column in m.T])),
+            "Kendall": kendall if np.isfinite(kendall) else None,  # undefined if all configs are measured alike
         }
     return rows
 
