@@ -194,10 +194,10 @@ def search(job: Job, trained: Evaluator) -> None:
     folder, won = conclude(job, found, {}, None)
     if folder is None:
         return
-    (winner,) = space.encode_all([found.searched[0].config])
+    (winner,) = space.encode_all([found.best.config])
     gap = linearised_gap(lambda genomes: predictor.score(genomes, space), winner, job.bound)
     job.console.print(
-        f"optimality gap of the predictor linearised around the searched config: {gap.gain:.3g} %"
+        f"optimality gap of the predictor linearised around the result: {gap.gain:.3g} %"
         f"{'' if gap.proven else ' or more'}; the predictor itself gives that optimum {gap.found:+.3g} %"
     )
     if job.arguments.pareto:
@@ -253,8 +253,7 @@ def search_proxy(job: Job, proxy: Proxy, data: DataSplits) -> None:
     """Gathers statistics of the layers, searches on a proxy, measures the winners beside the best uniform config."""
     supernet, space = job.evaluator.supernet, job.bound.space
     batches = score_batches(data, job.settings, job.accelerator.device)
-    supernet.set_config(None)
-    supernet.recalibrate_bn(job.evaluator.bn_batches)
+    job.evaluator.recalibrate_float()
     with progress_bar(job.console, "statistics of the layers", len(proxy.needs) + 1) as advance:
         statistics = gather(supernet, space, batches, job.accelerator, advance, proxy.needs)
     how = "integer programming, proven" if proxy.additive else "genetic search"

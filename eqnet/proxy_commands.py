@@ -127,8 +127,7 @@ def _gathered(evaluator: Any, space: QuantSpace, batches: Sequence[Any], acceler
     from eqnet.scoring.scores import SCORES
 
     supernet, console = evaluator.supernet, make_console()
-    supernet.set_config(None)
-    supernet.recalibrate_bn(evaluator.bn_batches)
+    evaluator.recalibrate_float()
     with progress_bar(console, "statistics of the layers", len(SCORES) + 1) as advance:
         return gather(supernet, space, batches, accelerator, advance)
 

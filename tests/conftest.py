@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from eqnet import cli
 from eqnet.command import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
+Eqnet = Callable[..., tuple[int, str, str]]
 
 torch.set_num_threads(1)
 
@@ -32,26 +34,27 @@ def images() -> Callable[..., torch.Tensor]:
     return make
 
 
+def small_cnn() -> nn.Sequential:
+    """Five quantizable layers (dense, depthwise, strided and pointwise convolutions, a linear), BN, both input signs."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 6, 1),
+        nn.Flatten(),
+        nn.Linear(96, 5),
+    )
+
+
 @pytest.fixture
 def make_cnn() -> Callable[[], nn.Sequential]:
-    """Five quantizable layers (dense, depthwise, strided and pointwise convolutions, a linear), BN, both input signs."""
-
-    def make() -> nn.Sequential:
-        return nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1, bias=False),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),
-            nn.BatchNorm2d(8),
-            nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(12),
-            nn.ReLU(),
-            nn.Conv2d(12, 6, 1),
-            nn.Flatten(),
-            nn.Linear(96, 5),
-        )
-
-    return make
+    """Makes `small_cnn`."""
+    return small_cnn
 
 
 @pytest.fixture
@@ -80,5 +83,23 @@ def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capture
             code = int(stop.code or 0)
         out = capsys.readouterr()
         return code, out.out, out.err
+
+    return run_it
+
+
+@pytest.fixture
+def eqnet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Eqnet:
+    """Runs `eqnet ...` in an empty folder of this process; returns (exit code, stdout, stderr)."""
+
+    def run_it(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["eqnet", *map(str, arguments)])
+        monkeypatch.chdir(tmp_path)
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        assert code is None or isinstance(code, int)
+        return code or 0, *capsys.readouterr()
 
     return run_it

@@ -7,10 +7,10 @@ import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import Eqnet
 
 from eqnet import cli
 from eqnet.space import LayerInfo, QuantConfig, QuantSpace
@@ -22,24 +22,6 @@ LAYERS = [
     LayerInfo("hidden", "conv", (8, 8, 3, 3), 8 * 72 * 64, 8 * 64, signed_input=False),
     LayerInfo("fc", "linear", (10, 8), 80, 8, signed_input=False),
 ]
-Eqnet = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def eqnet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Eqnet:
-    """Runs a command; returns exit code, standard output and standard error."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["eqnet", *arguments])
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        assert code is None or isinstance(code, int)
-        return code or 0, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Eqnet
 from PIL import Image
 from scipy.stats import spearmanr
 from test_commands import one_sentence, run  # noqa: F401
 from test_exact import QUICK as SEARCH
-from test_mqbench import Eqnet, eqnet  # noqa: F401
 
 from eqnet.checkpoint import write_json
 from eqnet.scoring.emq import EvolutionSettings, evolve
@@ -292,7 +292,7 @@ def test_bad_settings_are_named() -> None:
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 
-def test_evolve_on_the_command_line(eqnet: Eqnet, tmp_path: Path) -> None:  # noqa: F811
+def test_evolve_on_the_command_line(eqnet: Eqnet, tmp_path: Path) -> None:
     statistics = synthetic()
     planted(statistics, TRACE_TIMES_ERROR, 60).save(tmp_path / "t.csv")
     statistics.save(tmp_path / "t.safetensors")

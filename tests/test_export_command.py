@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +11,8 @@ import onnxruntime
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import Eqnet
 
-from eqnet import cli
 from eqnet.checkpoint import load_tensors, save_tensors, write_json
 from eqnet.deploy.export import read_sidecar
 from eqnet.deploy.packed import load_packed
@@ -24,8 +22,6 @@ from eqnet.run import Run, create_float_model, open_data
 from eqnet.settings import Settings, dump_settings
 from eqnet.space import model_size
 from eqnet.space.hardware import load_target
-
-Eqnet = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -58,23 +54,6 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     del tensors["conv1.weight_codes"]
     save_tensors(run.path / "search" / "foreign" / "subnet.safetensors", tensors)
     return run.path
-
-
-@pytest.fixture
-def eqnet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Eqnet:
-    """Runs a command; returns exit code, standard output and standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["eqnet", *map(str, arguments)])
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        assert code is None or isinstance(code, int)
-        return code or 0, *capsys.readouterr()
-
-    return run
 
 
 def test_a_subnet_becomes_a_file(eqnet: Eqnet, run_folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import Eqnet
 from test_search_target import call, run  # noqa: F401
 from torch import nn
 
@@ -23,25 +23,7 @@ from eqnet.nn.supernet import Supernet
 from eqnet.run import Run
 from eqnet.space import LayerConfig, LayerInfo, QuantConfig, QuantFormat, QuantSpace
 
-Eqnet = Callable[..., tuple[int, str, str]]
 SCHEMA = read_json(Path(cli.__file__).with_name("subnet.schema.json"))
-
-
-@pytest.fixture
-def eqnet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Eqnet:
-    """Runs a command; returns exit code, standard output and standard error."""
-
-    def run_it(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["eqnet", *map(str, arguments)])
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        assert code is None or isinstance(code, int)
-        return code or 0, *capsys.readouterr()
-
-    return run_it
 
 
 @pytest.fixture

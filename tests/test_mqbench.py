@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import pickle
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Eqnet
 from PIL import Image
 from scipy.stats import kendalltau, pearsonr, spearmanr
 from test_commands import one_sentence, run  # noqa: F401
 
-from eqnet import cli
 from eqnet.scoring.mqbench import Benchmark, benchmark_genomes, rank, ridge_scores, search_half
 from eqnet.scoring.mqbench101 import read_mqbench101
 from eqnet.scoring.proxies import PROXIES
@@ -22,25 +20,6 @@ from eqnet.space import LayerInfo, QuantSpace
 
 LAYERS = [LayerInfo(f"layer{i}", "conv", (4 + i, 4, 3, 3), 1000 * (i + 1), 100 * (i + 1)) for i in range(10)]
 SPACE = QuantSpace.from_layers(LAYERS, [2, 3, 4], [8], (True,), ("channel",), fixed="none")
-Eqnet = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def eqnet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Eqnet:
-    """Runs a command in a fresh folder; returns exit code, standard output and standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["eqnet", *map(str, arguments)])
-        monkeypatch.chdir(tmp_path)
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        assert code is None or isinstance(code, int)
-        return code or 0, *capsys.readouterr()
-
-    return call
 
 
 def additive(size: int = 240, noise: float = 0.0) -> tuple[Benchmark, np.ndarray]:

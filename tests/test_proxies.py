@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from conftest import small_cnn
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
@@ -29,19 +30,7 @@ def network() -> tuple[nn.Sequential, Supernet, Batches]:
     """A float network in eval mode, its calibrated supernet, and labelled images."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),
-        nn.BatchNorm2d(8),
-        nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(12),
-        nn.ReLU(),
-        nn.Conv2d(12, 6, 1),
-        nn.Flatten(),
-        nn.Linear(96, 5),
-    )
+    model = small_cnn()
     batches = [(torch.randn(8, 3, 8, 8, generator=generator), torch.arange(8) % 5) for _ in range(2)]
     with torch.no_grad():
         model(batches[0][0])

@@ -19,7 +19,6 @@ from test_commands import one_sentence
 from test_training import ROOT, environment
 
 from benchmarks.proxy_rank import summary
-from eqnet import cli
 from eqnet.run import Run
 from eqnet.settings import load_settings
 from eqnet.tune import Tuned, TuneSettings, draw_candidates, tune
@@ -62,23 +61,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         os.chdir(before)
     return folder
-
-
-@pytest.fixture
-def eqnet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Runs `eqnet ...` in an empty folder; returns exit code and standard error."""
-
-    def run(*arguments: str) -> tuple[object, str]:
-        monkeypatch.setattr(sys, "argv", ["eqnet", *arguments])
-        monkeypatch.chdir(tmp_path)
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        return code, capsys.readouterr().err
-
-    return run
 
 
 def score(folder: Path) -> float:
@@ -276,7 +258,7 @@ def test_the_figures_of_the_benchmark() -> None:
     ],
 )
 def test_bad_jobs_are_one_sentence(eqnet, tmp_path: Path, changes: dict[str, object], wanted: str) -> None:
-    code, err = eqnet("tune", str(write(tmp_path, **changes)))
+    code, _, err = eqnet("tune", str(write(tmp_path, **changes)))
     assert code == 2
     assert wanted in one_sentence(err)
 
@@ -284,11 +266,11 @@ def test_bad_jobs_are_one_sentence(eqnet, tmp_path: Path, changes: dict[str, obj
 def test_a_folder_of_another_job_is_left_alone(eqnet, workplace: Path, tmp_path: Path) -> None:
     tuned = workplace / "tuned"
     before = {p: p.stat().st_mtime_ns for p in tuned.rglob("*")}
-    code, err = eqnet("tune", str(write(tmp_path, output=str(tuned), reduction=3)))
+    code, _, err = eqnet("tune", str(write(tmp_path, output=str(tuned), reduction=3)))
     assert code == 2
     assert "other settings" in one_sentence(err)
     assert {p: p.stat().st_mtime_ns for p in tuned.rglob("*")} == before
-    code, err = eqnet("tune", str(tmp_path / "missing.yaml"))
+    code, _, err = eqnet("tune", str(tmp_path / "missing.yaml"))
     assert code == 2
     assert "missing.yaml" in one_sentence(err)
 
@@ -298,10 +280,10 @@ def test_candidates_that_diverge_are_ranked_last(eqnet, workplace: Path, tmp_pat
     settings = [a for a in JOB["settings"] if not a.startswith("pretrain")]  # type: ignore[attr-defined]
     diverging = [*settings, weights, "train.skewness=1e39"]
     changes = {"settings": diverging, "rungs": [{"epochs": 1, "fraction": 0.25}], "candidates": {"train.lr": [0.01]}}
-    code, err = eqnet("tune", str(write(tmp_path, **changes)))
+    code, _, err = eqnet("tune", str(write(tmp_path, **changes)))
     assert code == 2
     assert "every candidate" in one_sentence(err)
     saved = {**changes, "output": "saved", "candidates": {"train.skewness": [1.0]}}
-    code, err = eqnet("tune", str(write(tmp_path, **saved)))
+    code, _, err = eqnet("tune", str(write(tmp_path, **saved)))
     assert code == 0, err
     assert json.loads((tmp_path / "saved" / "tune.json").read_text())["best"] == 1

@@ -118,6 +118,15 @@ class Evaluator:
         splits = {"validation": batches(data.validation, s.max_validation_images), "test": batches(data.test, None)}
         return Evaluator(supernet, bn, splits, s.integer)
 
+    def recalibrate_float(self) -> None:
+        """Gives the supernet the BN statistics of its floating-point network; its config stays."""
+        config = self.supernet.config
+        try:
+            self.supernet.set_config(None)
+            self.supernet.recalibrate_bn(self.bn_batches)
+        finally:
+            self.supernet.set_config(config)
+
     def measure(self, config: QuantConfig, *splits: str) -> list[float]:
         """Accuracy in percent of a config on each named split, BN recalibrated first.
 

@@ -28,12 +28,12 @@ from accelerate import Accelerator
 from numpy.typing import ArrayLike
 
 from eqnet.data import Batches, DataSplits, random_subset
-from eqnet.scoring.evaluation import Evaluator, uniform_configs
+from eqnet.scoring.evaluation import Evaluator
 from eqnet.scoring.scores import SCORES
 from eqnet.scoring.sensitivity import Batch, Sensitivity
 from eqnet.search.genetic import genetic_search
 from eqnet.search.ilp import ExactResult, exact_search
-from eqnet.search.measured import Candidate, Found
+from eqnet.search.measured import Found, measured_beside_uniform
 from eqnet.settings import SearchSettings, Settings
 from eqnet.space import ALL_FORMS, BoundBudget, CostModel, Genomes, QuantSpace
 
@@ -210,14 +210,8 @@ def score_formats(
 
     `advance` is called once for each layer of each batch of this process.
     """
-    supernet = evaluator.supernet
-    config = supernet.config
-    try:
-        supernet.set_config(None)
-        supernet.recalibrate_bn(evaluator.bn_batches)
-    finally:
-        supernet.set_config(config)
-    return SCORES[name](supernet, space, batches, accelerator, advance)
+    evaluator.recalibrate_float()
+    return SCORES[name](evaluator.supernet, space, batches, accelerator, advance)
 
 
 def planned_search(
@@ -251,12 +245,6 @@ def planned_search(
         )
         genome, value = result.genomes[0], -float(result.scores[0])
     gap = (value - exact.loss) / max(abs(exact.loss), 1e-300)
-    uniform = [c for _, _, c in uniform_configs(space) if budget.feasible(space.encode_all([c]))[0]]
-    genomes: Genomes = np.concatenate([genome[None], space.encode_all(uniform)])
-    measured = evaluator.measure_all([space.decode(g) for g in genomes], ["validation"], accelerator)[:, 0]
-    predicted = -sensitivity.loss(space)(genomes)
-    candidates = [
-        Candidate(space.decode(g), float(p), float(m)) for g, p, m in zip(genomes, predicted, measured, strict=True)
-    ]
-    rivals = sorted(candidates[1:], key=lambda c: (-c.validation, -c.predicted))
-    return Planned(Found(candidates[:1], rivals), loss, exact, gap)
+    plain = sensitivity.loss(space)
+    found = measured_beside_uniform(genome[None], lambda g: -plain(g), budget, evaluator, accelerator)
+    return Planned(found, loss, exact, gap)

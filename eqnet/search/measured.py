@@ -53,6 +53,30 @@ class Found:
         return _ranked([*self.searched[:1], *self.uniform[:1]])[0]
 
 
+def measured_beside_uniform(
+    winners: Genomes,
+    predict: Callable[[Genomes], np.ndarray],
+    budget: BoundBudget,
+    evaluator: Evaluator,
+    accelerator: Accelerator,
+) -> Found:
+    """Winners of a search and the uniform configs within its budget, measured on validation.
+
+    Args:
+        winners: int16 [N, G] of the budget's space.
+        predict: scores [N] of genomes, higher is better.
+        budget: hard limits.
+        evaluator: measures.
+        accelerator: measurements are shared by its processes.
+    """
+    space = budget.space
+    uniform = [c for _, _, c in uniform_configs(space) if budget.feasible(space.encode_all([c]))[0]]
+    genomes: Genomes = np.concatenate([winners, space.encode_all(uniform)])
+    measured = evaluator.measure_all([space.decode(g) for g in genomes], ["validation"], accelerator)[:, 0]
+    found = _candidates(space, genomes, predict(genomes), measured)
+    return Found(_ranked(found[: len(winners)]), _ranked(found[len(winners) :]))
+
+
 def measured_search(
     space: QuantSpace,
     budget: BoundBudget,

@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 from accelerate import Accelerator
 
-from eqnet.scoring.evaluation import Evaluator, uniform_configs
+from eqnet.scoring.evaluation import Evaluator
 from eqnet.scoring.layer_statistics import LayerStatistics
 from eqnet.scoring.proxies import Proxy, additive_model
 from eqnet.search.genetic import genetic_search
 from eqnet.search.ilp import ExactResult, exact_search
-from eqnet.search.measured import Candidate, Found
+from eqnet.search.measured import Found, measured_beside_uniform
 from eqnet.settings import SearchSettings
 from eqnet.space import BoundBudget, Genomes
 
@@ -76,13 +75,5 @@ def proxy_search(
             top_k=settings.top_k,
             progress=lambda *_: advance(),
         ).genomes
-    uniform = [c for _, _, c in uniform_configs(space) if budget.feasible(space.encode_all([c]))[0]]
-    genomes: Genomes = np.concatenate([winners, space.encode_all(uniform)])
-    measured = evaluator.measure_all([space.decode(g) for g in genomes], ["validation"], accelerator)[:, 0]
-    predicted = proxy.scores(statistics, genomes)
-    candidates = [
-        Candidate(space.decode(g), float(p), float(m)) for g, p, m in zip(genomes, predicted, measured, strict=True)
-    ]
-    parts = candidates[: len(winners)], candidates[len(winners) :]
-    searched, rivals = (sorted(part, key=lambda c: (-c.validation, -c.predicted)) for part in parts)
-    return ProxySearch(Found(searched, rivals), exact)
+    found = measured_beside_uniform(winners, lambda g: proxy.scores(statistics, g), budget, evaluator, accelerator)
+    return ProxySearch(found, exact)

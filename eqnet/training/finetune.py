@@ -74,13 +74,15 @@ def note_first_accuracy(run: Run, validation: float) -> None:
 def complete_settings(arguments: Sequence[str]) -> Settings:
     """Settings of a new run; those of one with `subnet` start from `FINE_TUNE` and from the run of its supernet.
 
-    Those of one with `metamix.budget` start from `METAMIX`. That run is `supernet`, or the one whose folder holds the file, unless float weights are given.
+    That run is `supernet`, or the one whose folder holds the file, unless float weights are given. Settings of a run with
+    `metamix.budget` start from `METAMIX`.
 
     Args:
         arguments: as for `load_settings`.
 
     Raises:
-        ValueError: wrong settings; a subnet and a budget; no epoch that selects; `supernet` without `subnet`; a model, space or images other than the supernet's.
+        ValueError: wrong settings; a subnet and a budget; no epoch that selects; `supernet` without `subnet`; a model, space
+            or images other than the supernet's.
     """
     asked = load_settings(arguments)
     metamix = asked.metamix

@@ -257,22 +257,12 @@ class Trainer:
         space = training_space(self.settings.space, supernet.space.layers, supernet.space.float_numel)
         if not weights_searched(space) and phase != "act":
             supernet.calibrate_weights()
-        config = supernet.space.largest()
+        config, train = supernet.space.largest(), self.settings.train
 
         def step(model: nn.Module, images: Tensor, targets: Tensor, step: int) -> dict[str, Tensor]:
             with supernet.float_weights():
                 return supernet_step(
-                    *(
-                        self.accelerator,
-                        model,
-                        supernet,
-                        images,
-                        targets,
-                        [config],
-                        self._criterion,
-                        self.settings.train,
-                    ),
-                    teacher=teacher,
+                    self.accelerator, model, supernet, images, targets, [config], self._criterion, train, teacher
                 )
 
         self._train("act", supernet, step, resume if phase == "act" else None, first=self.evaluate)
@@ -283,6 +273,7 @@ class Trainer:
     def _select_phase(self, model: nn.Module, teacher: nn.Module | None, resume: Checkpoint | None) -> Supernet:
         """Bit-meta and bit-search; writes what was selected as `subnet.json`."""
         s, m, run = self.settings, self.settings.metamix, self.run
+        accelerator, criterion = self.accelerator, self._criterion
         (run.path / "subnet.json").unlink(missing_ok=True)  # of a selection that was not saved
         supernet = self._supernet(model, calibrate=False)
         branches, bound = branch_configs(supernet.space), bind_budget(run, supernet.space)
@@ -297,14 +288,14 @@ class Trainer:
         warmup = m.warmup_epochs * len(self.loop.batches)
 
         def step(model: nn.Module, images: Tensor, targets: Tensor, step: int) -> dict[str, Tensor]:
-            common, found = (images, targets), {}
+            found: dict[str, Tensor] = {}
             with weights():
                 if step >= warmup:
                     found = bit_search_step(
-                        *(self.accelerator, supernet, selection, logits, *common, self._criterion, s.train), teacher
+                        accelerator, supernet, selection, logits, images, targets, criterion, s.train, teacher
                     )
                 meta = bit_meta_step(
-                    *(self.accelerator, model, supernet, *common, branches, self._criterion, s.train), teacher
+                    accelerator, model, supernet, images, targets, branches, criterion, s.train, teacher
                 )
             return {**meta, **found}
 
