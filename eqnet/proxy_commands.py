@@ -150,6 +150,9 @@ def rank_scores(
     from eqnet.report import plot_ranks
     from eqnet.scoring.mqbench import rank
 
+    for option, output in (("--json", json), ("--picture", picture)):
+        if output is not None and output.exists():
+            raise ValueError(f"{output} exists already; give another {option}.")
     benchmark, statistics = open_benchmark(file, layers)
     names = [*default_scores(), RIDGE] if score is None else score.split(",")
     found = {name: scored(name, benchmark, statistics) for name in names}

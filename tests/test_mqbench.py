@@ -304,6 +304,15 @@ def test_mistakes_are_one_sentence(arguments: list[str], message: str, eqnet: Eq
     assert message in one_sentence(err)
 
 
+def test_figures_and_pictures_are_not_replaced(eqnet: Eqnet, tmp_path: Path) -> None:
+    for option in ("--json", "--picture"):
+        (tmp_path / "kept").write_text("mine")
+        code, _, err = eqnet("benchmark", "rank", TABLE, "--score", "bit_sum", option, "kept")
+        assert code == 2
+        assert f"kept exists already; give another {option}" in one_sentence(err)
+        assert (tmp_path / "kept").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
