@@ -6,7 +6,10 @@ A new version that changes one of them fails here. Kernels, not times. The facts
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -318,3 +321,27 @@ def test_targets_name_their_runtime() -> None:
     future = load_target("onnxruntime-x86").model_copy(update={"runtime": "onnxruntime 99.1"})
     with pytest.raises(ValueError, match=r"onnxruntime 1\.\S+ is older than 99\.1, .* onnxruntime-x86 .*pip install"):
         runtime_of(future)
+
+
+@pytest.mark.parametrize("runtime", list(RUNTIMES))
+def test_signals_arrive_after_networks_are_freed_in_any_order(runtime: str, tmp_path: Path) -> None:
+    """A handler of Python runs on a stack of its own, which OpenVINO replaces; a lost one would end the process."""
+    (tmp_path / "net.onnx").write_bytes(Case().build().SerializeToString())
+    script = """
+import faulthandler, signal, sys
+import onnx
+from eqnet.deploy.runtime import RUNTIMES
+faulthandler.enable()
+arrived = []
+signal.signal(signal.SIGTERM, lambda *_: arrived.append("handled"))
+model = onnx.load(sys.argv[2])
+first, second = (RUNTIMES[sys.argv[1]].load(model) for _ in range(2))
+del first
+del second
+signal.raise_signal(signal.SIGTERM)
+print(*arrived)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, runtime, str(tmp_path / "net.onnx")], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr

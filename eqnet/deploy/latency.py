@@ -34,7 +34,7 @@ from scipy.stats import spearmanr
 
 from eqnet.checkpoint import read_json, write_json
 from eqnet.deploy.export import export_onnx
-from eqnet.deploy.runtime import ORT_SUFFIX, Runtime, installed_version, runtime_of
+from eqnet.deploy.runtime import ORT_SUFFIX, Runtime, compile_openvino, installed_version, runtime_of
 from eqnet.deploy.trace import LOWEST_OPSET, trace_graph
 from eqnet.nn.specialize import specialize
 from eqnet.nn.supernet import Supernet
@@ -346,16 +346,7 @@ def _profile_onnxruntime(model: Any, image: NDArray[Any], rounds: int, threads: 
 
 def _profile_openvino(model: Any, image: NDArray[Any], rounds: int, threads: int) -> list[tuple[list[str], float]]:
     """Typical milliseconds of every node of the runtime's graph."""
-    import openvino
-
-    options = {
-        "INFERENCE_PRECISION_HINT": "f32",
-        "INFERENCE_NUM_THREADS": threads,
-        "NUM_STREAMS": 1,
-        "PERF_COUNT": True,
-    }
-    core = openvino.Core()
-    compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", options)
+    compiled = compile_openvino(model, threads, PERF_COUNT=True)
     originals = {}
     for op in compiled.get_runtime_model().get_ordered_ops():
         value: Any = op.get_rt_info()["originalLayersNames"]

@@ -6,12 +6,15 @@ kernel a layer gets is read from the runtime's own optimized graph, never assume
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -172,18 +175,55 @@ class OnnxRuntime:
 _OPENVINO_PRODUCTS = ("Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul")
 
 
+class _SignalStack(ctypes.Structure):
+    _fields_ = [("pointer", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+
+@contextmanager
+def _kept_signal_stack() -> Iterator[None]:
+    """Puts this thread's stack for signal handlers back.
+
+    A model that OpenVINO compiles brings a stack of its own, and puts the one before back when it is freed. Of two models the
+    first may be freed first; what the second then puts back is gone, and the next signal (Ctrl-C) ends the process.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    libc, before = ctypes.CDLL(None), _SignalStack()
+    known = libc.sigaltstack(None, ctypes.byref(before)) == 0
+    try:
+        yield
+    finally:
+        if known:
+            libc.sigaltstack(ctypes.byref(before), None)
+
+
+def compile_openvino(model: Any, threads: int, **options: Any) -> Any:
+    """A model compiled for this CPU in float32 arithmetic where it is not quantized.
+
+    Args:
+        model: an ONNX model.
+        threads: that it runs on.
+        options: of OpenVINO, besides.
+
+    Raises:
+        RuntimeError: OpenVINO refuses the model.
+    """
+    import openvino
+
+    # otherwise what is not quantized runs in bfloat16 on CPUs that have it
+    fixed = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+    core = openvino.Core()
+    with _kept_signal_stack():
+        return core.compile_model(core.read_model(model.SerializeToString()), "CPU", {**fixed, **options})
+
+
 class _OpenVinoSession:
     def __init__(self, model: Any, threads: int, outputs: Sequence[str]) -> None:
-        import openvino
-
         before = {name: node for node in model.graph.node for name in node.output}
         self._layers = {n.name: _origin(n.input[1], before) for n in model.graph.node if n.op_type in PRODUCTS}
-        core = openvino.Core()
-        # otherwise what is not quantized runs in bfloat16 on CPUs that have it
-        options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
         try:
-            read = core.read_model(with_outputs(model, outputs).SerializeToString())
-            self._compiled = core.compile_model(read, "CPU", options)
+            self._compiled = compile_openvino(with_outputs(model, outputs), threads)
         except RuntimeError as error:
             raise ValueError(f"openvino refuses the model: {_first_line(error)}") from error
         self._request = self._compiled.create_infer_request()
