@@ -16,6 +16,7 @@ from rich.console import Console
 from eqnet.checkpoint import write_json
 from eqnet.command import make_console, progress_bar, run_command, start_cpu_processes
 from eqnet.data import DataSplits
+from eqnet.html_report import report_at_end
 from eqnet.nn.specialize import specialize
 from eqnet.report import comparison_table, plot_bits, plot_front, plot_predictor, write_front
 from eqnet.run import Run, open_data, versions
@@ -149,6 +150,8 @@ def main() -> None:
             plan(job, method, score, data)
     finally:
         tracker.close()
+    if accelerator.is_main_process:
+        report_at_end(run.path, console)
     return None
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from eqnet.checkpoint import load_float_weights, read_json, write_json
 from eqnet.command import make_console, progress_bar, run_command, start_cpu_processes
 from eqnet.data import DataSplits
+from eqnet.html_report import report_at_end
 from eqnet.nn.supernet import Supernet
 from eqnet.report import plot_stability, plot_uniform, uniform_table
 from eqnet.run import Run, create_float_model, open_data, versions
@@ -142,6 +143,7 @@ def evaluate(
     results = measure(evaluator, float_accuracy, run, accelerator, tracker, console)
     if accelerator.is_main_process:
         write_json(run.path / "evaluation.json", {"float": float_accuracy, **results})
+        report_at_end(run.path, console)
         console.print(f"saved {run.path}: {', '.join(sorted(p.name for p in run.path.iterdir() if p.is_file()))}")
         console.print(f"next: {next_step(run)}")
 

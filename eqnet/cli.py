@@ -1,5 +1,5 @@
 """The command line: `eqnet targets list | show NAME | check NAME SUBNET`, `eqnet export SUBNET --target NAME`,
-`eqnet verify FILE`, `eqnet plan export | import | schema`, `eqnet benchmark latency --target NAME`; `proxy_commands` has the
+`eqnet verify FILE`, `eqnet plan export | import | schema`, `eqnet benchmark latency --target NAME`, `eqnet report RUN`; `proxy_commands` has the
 others of `benchmark`, and `proxies`.
 
 The user's mistakes end in one sentence on standard error and exit code 2.
@@ -246,6 +246,20 @@ def import_plan(
 def print_schema() -> None:
     """Prints the JSON Schema of subnet.json."""
     print((files("eqnet") / "subnet.schema.json").read_text(), end="")
+
+
+@app.command("report")
+def report_runs(
+    runs: Annotated[list[Path] | None, typer.Argument(help="folders of runs (default: the latest below runs/)")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="file to write (default: report.html, of several runs comparison.html, in the first)"),
+    ] = None,
+) -> None:
+    """Writes one HTML file about a run, or about several side by side; it needs no server and no network."""
+    from eqnet.html_report import write_report  # imports torch
+
+    make_console().print(f"saved {write_report(runs or [None], output)}", markup=False, soft_wrap=True)
 
 
 @app.command("tune")

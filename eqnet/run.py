@@ -130,8 +130,8 @@ class Run:
             ValueError: there is no run, or a setting differs (named).
         """
         run = Run.open(output)
-        old = _flatten(run.settings.model_dump())
-        new = _flatten(load_settings(arguments, run.settings.model_dump()).model_dump())
+        old = flatten_settings(run.settings.model_dump())
+        new = flatten_settings(load_settings(arguments, run.settings.model_dump()).model_dump())
         for key in new:
             if key != "output" and new[key] != old[key]:
                 raise ValueError(
@@ -341,11 +341,12 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_settings(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings as one dict with dotted keys, e.g. {"train.lr": 0.001}; the arguments of the model stay together."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, Mapping) and key != "arguments":
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten_settings(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value
     return flat
