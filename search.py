@@ -15,6 +15,7 @@ from rich.console import Console
 
 from eqnet.checkpoint import write_json
 from eqnet.command import make_console, progress_bar, run_command, start_cpu_processes
+from eqnet.dashboard import track_front, track_predictor, track_search
 from eqnet.data import DataSplits
 from eqnet.html_report import report_at_end
 from eqnet.nn.specialize import specialize
@@ -216,7 +217,8 @@ def save_predictor(job: Job, predictor: AccuracyPredictor, path: Path) -> None:
     picture = plot_predictor(*predictor.held_out, predictor.metrics, job.run.path / "predictor.png")
     metrics = {f"predictor/{name}": value for name, value in predictor.metrics.items()}
     job.tracker.log(metrics, job.tracker.last_step)
-    job.tracker.image("predictor", picture)
+    job.tracker.image("predictor/picture", picture)
+    track_predictor(job.tracker, job.run, predictor)
 
 
 def plan(job: Job, method: Method, score: str, data: DataSplits) -> None:
@@ -307,8 +309,11 @@ def conclude(job: Job, found: Found, facts: dict[str, Any], score: str | None) -
     tracker = job.tracker
     tracker.image("search/bits", plot_bits(best.config, space, folder / "bits.png"))
     tracker.log({f"search/{name}": value for name, value in (won["accuracy"] | won["cost"]).items()}, tracker.last_step)
-    bits = [[name, c.weight.bits, "float" if c.act is None else c.act.bits] for name, c in best.config.items()]
-    tracker.table("search/subnet", ["layer", "weight bits", "activation bits"], bits)
+    tested = {c.config: float(test) for c, test in zip(rivals, tests, strict=True)}
+    track_search(tracker, found, tested, space, scope.costs, job.front_cost)
+    sources = ["supernet", *(["predictor"] if score is None else [])]
+    files = [folder / "subnet.json", folder / "subnet.safetensors"]
+    tracker.artifact(f"subnet-{folder.name}", "subnet", files, facts=won["accuracy"] | won["cost"], made_from=sources)
     return folder, won
 
 
@@ -371,18 +376,20 @@ def draw_front(
     space, cost = job.scope.space, job.front_cost
     write_front(front.genomes, front.scores, space, job.scope.costs, folder / "pareto.csv", score)
     uniform = space.encode_all([c for _, _, c in uniform_configs(space)])
+    star = (chosen["cost"][cost.name], chosen["accuracy"]["predicted"])
     picture = plot_front(
         (front.costs, front.scores),
         (cost(uniform), value(uniform)),
-        (chosen["cost"][cost.name], chosen["accuracy"]["predicted"]),
+        star,
         cost,
         folder / "pareto.png",
         score=score,
         genetic=None if genetic is None else (genetic.costs, genetic.scores),
     )
     job.tracker.image("search/pareto", picture)
-    points = [[float(c), float(a)] for c, a in zip(front.costs, front.scores, strict=True)]
-    job.tracker.table("search/front", [cost.name, "predicted" if score is None else f"negative {score} loss"], points)
+    rivals = list(zip(cost(uniform).tolist(), value(uniform).tolist(), strict=True))
+    axes = (cost.name, "predicted [%]" if score is None else f"negative {score} loss")
+    track_front(job.tracker, front, rivals, star, axes)
     ends = f"{cost.format(front.costs[0])} to {cost.format(front.costs[-1])}"
     job.console.print(f"{'front' if score is None else 'exact front'}: {len(front.costs)} configs from {ends}")
 

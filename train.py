@@ -16,6 +16,7 @@ from torch import nn
 
 from eqnet.checkpoint import load_float_weights, read_json, write_json
 from eqnet.command import make_console, progress_bar, run_command, start_cpu_processes
+from eqnet.dashboard import track_training
 from eqnet.data import DataSplits
 from eqnet.html_report import report_at_end
 from eqnet.nn.supernet import Supernet
@@ -143,6 +144,7 @@ def evaluate(
     results = measure(evaluator, float_accuracy, run, accelerator, tracker, console)
     if accelerator.is_main_process:
         write_json(run.path / "evaluation.json", {"float": float_accuracy, **results})
+        track_training(tracker, run)
         report_at_end(run.path, console)
         console.print(f"saved {run.path}: {', '.join(sorted(p.name for p in run.path.iterdir() if p.is_file()))}")
         console.print(f"next: {next_step(run)}")
@@ -167,10 +169,11 @@ def evaluate_supernet(
     means = {b: float(np.mean([r.accuracy["test"] for r in results if r.bits == b])) for b in {r.bits for r in results}}
     figures = {f"test/{r.form.name}/{r.bits}bit": r.accuracy["test"] for r in results}
     figures |= {f"test/mean/{b}bit": value for b, value in means.items()} | {"test/float": float_accuracy["test"]}
+    figures["validation/mean"] = float(np.mean([r.accuracy["validation"] for r in results]))
     rows = [[r.form.name, r.bits, r.accuracy["validation"], r.accuracy["test"]] for r in results]
     tracker.log(figures, tracker.last_step)
-    tracker.table("uniform", ["form", "bits", "validation", "test"], rows)
-    tracker.image("evaluation", picture)
+    tracker.table("evaluation/uniform", ["form", "bits", "validation", "test"], rows)
+    tracker.image("evaluation/heat_map", picture)
     return {"uniform": [r.to_json() for r in results]}
 
 
@@ -212,7 +215,7 @@ def report_stability(run: Run, tracker: Tracker, console: Console) -> None:
         "instability of BN inputs over bit-widths: " + ", ".join(f"{n} {s.instability:.3f}" for n, s in found.items())
     )
     tracker.log(figures, tracker.last_step)
-    tracker.image("stability", plot_stability(found, run.path / "stability.png"))
+    tracker.image("stability/bn_inputs", plot_stability(found, run.path / "stability.png"))
 
 
 if __name__ == "__main__":

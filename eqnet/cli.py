@@ -1,5 +1,5 @@
 """The command line: `eqnet targets list | show NAME | check NAME SUBNET`, `eqnet export SUBNET --target NAME`,
-`eqnet verify FILE`, `eqnet plan export | import | schema`, `eqnet benchmark latency --target NAME`, `eqnet report RUN`; `proxy_commands` has the
+`eqnet verify FILE`, `eqnet plan export | import | schema`, `eqnet benchmark latency --target NAME`, `eqnet report RUN`, `eqnet dashboard RUN`; `proxy_commands` has the
 others of `benchmark`, and `proxies`.
 
 The user's mistakes end in one sentence on standard error and exit code 2.
@@ -260,6 +260,31 @@ def report_runs(
     from eqnet.html_report import write_report  # imports torch
 
     make_console().print(f"saved {write_report(runs or [None], output)}", markup=False, soft_wrap=True)
+
+
+@app.command("dashboard")
+def save_dashboard(
+    run: Annotated[Path | None, typer.Argument(help="folder of the run (default: the latest below runs/)")] = None,
+) -> None:
+    """Sends the exported files of a run to wandb, and saves a view of its project where the account allows."""
+    from eqnet.dashboard import check_account, save_view, track_exports  # imports torch
+    from eqnet.run import Run
+    from eqnet.tracking import Tracker
+
+    opened, console = Run.open(run), make_console()
+    settings = opened.settings
+    tracker = Tracker(opened.path, "wandb", settings.project, settings.model_dump())
+    try:
+        exported = track_exports(tracker, opened)
+    finally:
+        tracker.close()
+    console.print(f"{len(exported)} exported files of {opened.path} recorded", markup=False, soft_wrap=True)
+    try:
+        check_account()
+    except ValueError as problem:
+        console.print(f"no view was saved: {problem}", markup=False, soft_wrap=True)
+    else:
+        console.print(f"saved the view {save_view(settings.project)}", markup=False, soft_wrap=True)
 
 
 @app.command("tune")

@@ -1,6 +1,7 @@
 """Where the figures of a run go: `metrics.jsonl` always, wandb if asked for; main process only.
 
-wandb runs offline unless a key is at hand, never prompts, and a resumed run continues under the same id.
+wandb runs offline unless a key is at hand, never prompts, and a resumed run continues under the same id. Names are
+`group/name`: the groups are the sections of a wandb workspace.
 """
 
 from __future__ import annotations
@@ -8,15 +9,17 @@ from __future__ import annotations
 import json
 import netrc
 import os
+import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from eqnet.checkpoint import atomic_write_text
 
 
-def _has_wandb_key() -> bool:
+def has_wandb_key() -> bool:
+    """Whether wandb can reach an account: a key in the environment or in the netrc file."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
@@ -47,9 +50,10 @@ class Tracker:
         import wandb
 
         id_file = folder / "wandb_id.txt"
-        run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
+        given = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]  # the agent of a sweep gives one
+        run_id = id_file.read_text().strip() if id_file.exists() else given
         atomic_write_text(id_file, run_id + "\n")
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
         self._wandb = wandb.init(
             project=project,
             id=run_id,
@@ -62,6 +66,8 @@ class Tracker:
         )
         self._wandb.define_metric("optimizer_step", hidden=True)
         self._wandb.define_metric("*", step_metric="optimizer_step")
+        for accuracies in ("validation/*", "test/*"):
+            self._wandb.define_metric(accuracies, step_metric="optimizer_step", summary="last,max")
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         """Appends one row to `metrics.jsonl` and sends it to wandb."""
@@ -100,19 +106,91 @@ class Tracker:
 
             self._wandb.log({name: wandb.Histogram(v) for name, v in values.items()} | {"optimizer_step": step})
 
-    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Sends a table to wandb."""
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({name: wandb.Table(columns=list(columns), data=rows)})
+            self._send(name, wandb.Table(columns=list(columns), data=[list(row) for row in rows]))
+
+    def scatter(self, name: str, title: str, axes: tuple[str, str], points: Sequence[tuple[float, float]]) -> None:
+        """Sends a chart of points (x, y) to wandb; `axes` are the titles of x and y."""
+        if self._wandb is not None:
+            import wandb
+
+            table = wandb.Table(columns=list(axes), data=[list(point) for point in points])
+            self._send(name, wandb.plot.scatter(table, *axes, title=title))
+
+    def lines(
+        self, name: str, title: str, axes: tuple[str, str], series: Mapping[str, Sequence[tuple[float, float]]]
+    ) -> None:
+        """Sends a chart of lines to wandb, each a list of points (x, y) by its label; `axes` are the titles of x and y."""
+        if self._wandb is not None:
+            import wandb
+
+            xs, ys = ([[point[i] for point in points] for points in series.values()] for i in (0, 1))
+            chart = wandb.plot.line_series(xs, ys, keys=list(series), title=title, xname=axes[0], split_table=False)
+            self._send(name, chart)
 
     def image(self, name: str, path: Path) -> None:
         """Sends a picture to wandb."""
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({name: wandb.Image(str(path))})
+            self._send(name, wandb.Image(str(path)))
+
+    def _send(self, name: str, value: Any) -> None:
+        self._wandb.log({name: value, "optimizer_step": self.last_step})
+
+    def artifact(
+        self,
+        name: str,
+        kind: str,
+        files: Iterable[Path],
+        *,
+        facts: Mapping[str, Any] | None = None,
+        made_from: Sequence[str] = (),
+        copy: bool = True,
+    ) -> None:
+        """Keeps files in wandb as a version of an artifact of the run, with what they were made from.
+
+        Offline they wait for `wandb sync`, and the lineage is in the metadata only: wandb cannot look up artifacts offline.
+
+        Args:
+            name: unique in the run; the run's id is added.
+            kind: "model", "checkpoint", "table", "predictor", "subnet" or "export".
+            files: what to keep; those that do not exist are left out.
+            facts: metadata.
+            made_from: names of artifacts of the run.
+            copy: False for large files that will not change: wandb then reads them where they are.
+        """
+        if self._wandb is None:
+            return
+        import wandb
+
+        sources = [self._artifact_name(source) for source in made_from]
+        if not self._wandb.offline:
+            for source in sources:
+                self._use(source)
+        artifact = wandb.Artifact(
+            self._artifact_name(name), type=kind, metadata={**(facts or {}), "made_from": sources}
+        )
+        for path in files:
+            if path.is_file():
+                artifact.add_file(str(path), name=path.name, policy="mutable" if copy else "immutable")
+        self._wandb.log_artifact(artifact)
+
+    def _artifact_name(self, name: str) -> str:
+        return re.sub(r"[^\w.-]+", "-", f"{name}-{self._wandb.id}")
+
+    def _use(self, source: str) -> None:
+        """Records that this run reads an artifact; nothing if it is not there, as where tracking was off before."""
+        import wandb
+
+        try:
+            self._wandb.use_artifact(f"{source}:latest")
+        except (wandb.Error, ValueError):
+            return
 
     def close(self) -> None:
         """Ends the wandb run."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from conftest import Eqnet
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from eqnet.checkpoint import load_tensors, save_tensors, write_json
-from eqnet.html_report import write_report
+from eqnet.html_report import vega_bundle, write_report
 from eqnet.nn.supernet import Supernet
 from eqnet.run import Run, create_float_model
 from eqnet.run_record import read_run
@@ -268,6 +269,17 @@ def test_costs_of_layers_add_up_to_the_network(run: Path) -> None:
     table = search_section(record, record.searches[0]).tables[-1]
     (column,) = [i for i, c in enumerate(table.columns) if c.title.startswith("BitOps")]
     assert sum(row[column] for row in table.rows) == pytest.approx(record.searches[0].facts.cost["bitops"])
+
+
+def test_without_the_library_the_command_says_what_to_install(
+    eqnet: Eqnet, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vega_bundle.cache_clear()
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    code, _, err = eqnet("report", run, "--output", tmp_path / "page.html")
+    assert code == 2
+    assert "pip install 'eqnet[report]'" in err
+    assert not (tmp_path / "page.html").exists()
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

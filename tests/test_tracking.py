@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -13,9 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+from conftest import ROOT, Eqnet
 from PIL import Image
+from test_commands import FAST
+from test_training import TINY
 from wandb.proto.wandb_internal_pb2 import Record
+from wandb_workspaces.reports import v2 as panels
 
+from eqnet.checkpoint import write_json
+from eqnet.dashboard import build_view
+from eqnet.settings import load_settings
 from eqnet.tracking import Tracker
 
 HEADER = b":W&B"
@@ -147,6 +156,9 @@ def test_a_process_that_is_not_the_main_one_writes_nothing(tmp_path: Path, backe
     tracker.histograms({"step_size/conv1": np.arange(4.0)}, 1)
     tracker.table("uniform", ["bits"], [[2]])
     tracker.image("evaluation", tmp_path / "missing.png")
+    tracker.scatter("predictor/held_out", "held out", ("x", "y"), [(1.0, 2.0)])
+    tracker.lines("search/front", "front", ("x", "y"), {"front": [(1.0, 2.0)]})
+    tracker.artifact("supernet", "model", [tmp_path / "missing"])
     tracker.close()
     assert contents(tmp_path) == []
 
@@ -204,7 +216,7 @@ def test_wandb_offline_stores_everything_without_asking(
 
     values = history(stored)
     assert values["supernet/task/largest"] == [0.1, 0.05]
-    assert values["optimizer_step"][:2] == [10, 20]
+    assert values["optimizer_step"] == [10, 20, 20, 20, 20]
     (histogram,) = values["step_size/conv1.weight"]
     assert histogram["_type"] == "histogram"
     assert (histogram["values"][0], histogram["values"][-1]) == (3, 1)
@@ -218,6 +230,140 @@ def test_wandb_offline_stores_everything_without_asking(
     picture = Image.open(run_folder / "files" / stored_image["path"]).convert("RGB")
     assert picture.size == (8, 6)
     assert picture.getpixel((0, 0)) == (200, 30, 30)
+
+
+def artifacts(stored: list[Record]) -> dict[str, Any]:
+    """Artifacts that were logged by kind and name; those that wandb makes of tables are left out."""
+    found = [r.artifact for r in stored if r.HasField("artifact") and r.artifact.type != "run_table"]
+    return {artifact.name: artifact for artifact in found}
+
+
+def chart(stored: list[Record], name: str) -> dict[str, Any]:
+    """The settings of a custom chart."""
+    for record in stored:
+        for update in record.config.update:
+            if list(update.nested_key) == ["_wandb", "visualize", name]:
+                return json.loads(update.value_json)
+    raise AssertionError(f"no chart {name}")
+
+
+def shown(panel: Any, logged: set[str]) -> bool:
+    """Whether a panel of a saved view finds something among the logged names."""
+    match panel:
+        case panels.MediaBrowser():
+            return set(panel.media_keys) <= logged
+        case panels.LinePlot():
+            return panel.x == "optimizer_step" and any(re.fullmatch(panel.metric_regex, name) for name in logged)
+        case panels.ScatterPlot():
+            return {panel.x.name, panel.y.name} <= logged
+        case panels.BarPlot():
+            return bool({metric.name if hasattr(metric, "name") else metric for metric in panel.metrics} & logged)
+    return panel.metric.name in logged
+
+
+def test_charts_and_artifacts_wait_offline(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.bin"
+    weights.write_bytes(b"w" * 100)
+    tracker = Tracker(tmp_path, "wandb", "eqnet-tests", {})
+    tracker.scatter("predictor/held_out", "Held out", ("measured [%]", "predicted [%]"), [(90.0, 89.5), (92.0, 93.0)])
+    tracker.lines(
+        "search/front", "Front", ("bitops", "predicted [%]"), {"front": [(1.0, 90.0)], "chosen": [(1.0, 91.0)]}
+    )
+    tracker.artifact("supernet", "model", [weights, tmp_path / "missing"], facts={"seed": 3}, copy=False)
+    tracker.artifact("subnet-w=4", "subnet", [weights], made_from=["supernet"])
+    tracker.close()
+    (folder,) = offline_folders(tmp_path)
+    stored = records(next(folder.glob("*.wandb")))
+    run_id = (tmp_path / "wandb_id.txt").read_text().strip()
+    kept = artifacts(stored)
+    assert {name: a.type for name, a in kept.items()} == {
+        f"supernet-{run_id}": "model",
+        f"subnet-w-4-{run_id}": "subnet",
+    }
+    assert json.loads(kept[f"supernet-{run_id}"].metadata) == {"seed": 3, "made_from": []}
+    assert json.loads(kept[f"subnet-w-4-{run_id}"].metadata) == {"made_from": [f"supernet-{run_id}"]}
+    (entry,) = kept[f"supernet-{run_id}"].manifest.contents
+    assert (entry.path, entry.size) == ("weights.bin", 100)
+    panel = chart(stored, "predictor/held_out")["panel_config"]
+    assert panel["panelDefId"] == "wandb/scatter/v0"
+    assert panel["fieldSettings"] == {"x": "measured [%]", "y": "predicted [%]"}
+    assert chart(stored, "search/front")["panel_config"]["panelDefId"] == "wandb/lineseries/v0"
+    (table,) = history(stored)["search/front_table"]
+    assert {row[1] for row in json.loads((folder / "files" / table["path"]).read_text())["data"]} == {"front", "chosen"}
+
+
+def test_the_agent_of_a_sweep_names_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "given123")
+    Tracker(tmp_path, "wandb", "eqnet-tests", {}).close()
+    assert (tmp_path / "wandb_id.txt").read_text() == "given123\n"
+
+
+def test_a_run_and_its_search_are_all_in_wandb(call, eqnet: Eqnet, tmp_path: Path) -> None:
+    code, _, err = call("train", "output=run", *TINY, "tracking=wandb")
+    assert code == 0, err
+    search = [*FAST, "tracking=wandb"]
+    code, _, err = call("search", "--budget", "5", "--run", "run", "--pareto", *search)
+    assert code == 0, err
+    exported = tmp_path / "run" / "search" / "w5-a5" / "generic.onnx"
+    exported.write_bytes(b"onnx")
+    write_json(Path(f"{exported}.certificate.json"), {"verdict": "pass", "lines": []})
+    code, out, err = eqnet("dashboard", "run")
+    assert (code, err) == (0, "")
+    assert "1 exported files of run recorded" in out
+    assert "no key is set; run `wandb login` first" in out
+
+    train, searched, dashboard = offline_folders(tmp_path / "run")
+    stored = [records(next(folder.glob("*.wandb"))) for folder in (train, searched, dashboard)]
+    values = history([record for part in stored for record in part])
+    groups = {name.split("/")[0] for name in values if not name.startswith("_") and name != "optimizer_step"}
+    assert groups == {"pretrain", "supernet", "validation", "test", "evaluation", "step_size", "predictor", "search"}
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {key for row in rows for key in row if key != "step"} <= set(values)
+    (table,) = values["search/configs"]
+    data = json.loads((searched / "files" / table["path"]).read_text())
+    assert data["columns"] == ["kind", "form", "predicted", "validation", "test", "w", "a", "size", "bitops"]
+    assert {row[0] for row in data["data"]} == {"searched", "uniform"}
+    assert all(row[5] <= 5 for row in data["data"])
+    for name in ("evaluation/heat_map", "predictor/picture", "search/bits", "search/pareto"):
+        assert values[name][0]["_type"] == "image-file"
+    assert {"predictor/held_out_table", "search/measured_table", "search/front_chart_table", "search/subnet"} <= set(
+        values
+    )
+    run_id = (tmp_path / "run" / "wandb_id.txt").read_text().strip()
+    kept = {name.removesuffix(f"-{run_id}"): a for part in stored for name, a in artifacts(part).items()}
+    made_from = {
+        name: [source.removesuffix(f"-{run_id}") for source in json.loads(a.metadata)["made_from"]]
+        for name, a in kept.items()
+    }
+    assert made_from == {
+        "supernet": [],
+        "checkpoint": [],
+        "table": ["supernet"],
+        "predictor": ["table"],
+        "subnet-w5-a5": ["supernet", "predictor"],
+        "export-w5-a5-generic.onnx": ["subnet-w5-a5"],
+    }
+    for section in build_view("someone", "eqnet").sections:
+        for panel in section.panels:
+            assert shown(panel, set(values)), (section.name, panel.title)
+    names = {entry.path for entry in kept["supernet"].manifest.contents}
+    assert {"float.safetensors", "supernet.safetensors", "supernet.json"} <= names
+    assert json.loads(kept["export-w5-a5-generic.onnx"].metadata)["verdict"] == "pass"
+    assert {entry.path for entry in kept["subnet-w5-a5"].manifest.contents} == {"subnet.json", "subnet.safetensors"}
+
+
+# -- the sweep -------------------------------------------------------------------------------------------------------
+
+
+def test_the_sweep_sets_settings_and_optimises_a_figure_that_is_logged() -> None:
+    sweep = yaml.safe_load((ROOT / "configs" / "sweep" / "digits.yaml").read_text())
+    for name, choice in sweep["parameters"].items():
+        for value in choice.get("values") or [choice.get("value", choice.get("min")), choice.get("max")]:
+            if value is not None:
+                load_settings([f"{name}={value}"])
+    assert (ROOT / sweep["program"]).is_file()
+    assert sweep["metric"] == {"name": "validation/mean", "goal": "maximize"}
+    assert f'"{sweep["metric"]["name"]}"' in (ROOT / sweep["program"]).read_text()
 
 
 def test_a_reopened_run_keeps_its_id(tmp_path: Path) -> None:
