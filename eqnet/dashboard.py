@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def track_search(
     costs: Costs,
     axis: CostModel,
 ) -> None:
-    """Every config that a search measured as a table, the best as a table of layers, accuracies against a cost as a chart.
+    """Every config that a search measured as a table, the best as a table of layers, and the measured fronts as a chart.
 
     Args:
         tracker: of the run.
@@ -65,11 +65,20 @@ def track_search(
             accuracies = [c.predicted, c.validation, tests.get(c.config)]
             rows.append([kind, space.form_name(c.config), *accuracies, *(model.of(c.config) for model in models)])
         if candidates:
-            series[kind] = sorted((axis.of(c.config), c.validation) for c in candidates)
+            series[kind] = _front([(axis.of(c.config), c.validation) for c in candidates])
     tracker.table("search/configs", ["kind", "form", "predicted", "validation", "test", *costs], rows)
-    tracker.lines("search/measured", "Measured configs", (axis.name, "validation [%]"), series)
+    tracker.lines("search/measured", "Best measured configs", (axis.name, "validation [%]"), series)
     bits = [[name, c.weight.bits, None if c.act is None else c.act.bits] for name, c in found.best.config.items()]
     tracker.table("search/subnet", ["layer", "weight bits", "activation bits"], bits)
+
+
+def _front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (cost, score) that no cheaper one reaches, cheapest first."""
+    front: list[tuple[float, float]] = []
+    for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or score > front[-1][1]:
+            front.append((cost, score))
+    return front
 
 
 def track_front(
@@ -89,7 +98,7 @@ def track_front(
     """
     points = list(zip(front.costs.tolist(), front.scores.tolist(), strict=True))
     tracker.table("search/front", list(axes), points)
-    series = {"front": points, "uniform": sorted(uniform), "chosen": [chosen]}
+    series = {"front": points, "uniform": _front(uniform), "chosen": [chosen]}
     tracker.lines("search/front_chart", "Pareto front", axes, series)
 
 

@@ -18,23 +18,6 @@ from eqnet.training.losses import UNIFORM_KURTOSIS
 Spec = dict[str, Any]
 Row = dict[str, Any]
 MAX_POINTS = 400  # of one line; longer ones are thinned
-TEXT_FIELDS = frozenset(
-    [
-        "layer",
-        "form",
-        "split",
-        "when",
-        "config",
-        "kind",
-        "slot",
-        "fixed",
-        "granularity",
-        "symmetry",
-        "run",
-        "measure",
-        "amount",
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -153,12 +136,10 @@ def by_kind(field: str, domain: Sequence[str], shown: Sequence[str] | None = Non
     return {"field": field, "type": "nominal", "title": None, "scale": {"domain": list(domain)}, "legend": legend}
 
 
-def tooltip(*fields: str) -> list[Spec]:
-    """What is shown of a mark under the pointer."""
-    return [
-        {"field": f, "type": "nominal"} if f in TEXT_FIELDS else {"field": f, "type": "quantitative", "format": ".4~g"}
-        for f in fields
-    ]
+def tooltip(*text: str, numbers: Sequence[str] = ()) -> list[Spec]:
+    """What is shown of a mark under the pointer: fields of text, then numbers."""
+    shown: list[Spec] = [{"field": name, "type": "nominal"} for name in text]
+    return shown + [{"field": name, "type": "quantitative", "format": ".4~g"} for name in numbers]
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -250,11 +231,11 @@ def heat_map(uniform: Sequence[UniformFacts]) -> Chart:
         "x": {
             "field": "bits",
             "type": "ordinal",
-            "title": "bits of weights and activations",
+            "title": "weight bits",
             "axis": {"labelAngle": 0},
         },
         "y": {"field": "form", "type": "nominal", "title": None, "sort": [*forms, "mean over forms"]},
-        "tooltip": tooltip("form", "bits", "split", "accuracy"),
+        "tooltip": tooltip("form", "split", numbers=("bits", "accuracy")),
     }
     color = {
         "field": "accuracy",
@@ -285,7 +266,10 @@ def heat_map(uniform: Sequence[UniformFacts]) -> Chart:
             },
         ],
     }
-    note = "Form: granularity of the weights, symmetry of the weights, symmetry of the activations."
+    note = (
+        "Activations have the same bits, or the nearest that the space has. Form: granularity of the weights, symmetry of the "
+        "weights, symmetry of the activations."
+    )
     return Chart("Accuracy [%] of every uniform bit-width by form", spec, note, wide=True)
 
 
@@ -323,7 +307,7 @@ def moment_charts(moments: Sequence[Row]) -> list[Chart]:
                         "y": y,
                         "color": color,
                         "shape": color,
-                        "tooltip": tooltip("layer", "when", "kurtosis", "skewness"),
+                        "tooltip": tooltip("layer", "when", numbers=("kurtosis", "skewness")),
                     },
                 },
             ],
@@ -364,7 +348,7 @@ def step_size_charts(steps: Sequence[Row]) -> list[Chart]:
                     "title": "bits",
                     "legend": {"orient": "top", "direction": "horizontal"},
                 },
-                "tooltip": tooltip("layer", "bits", "granularity", "symmetry", "step", "low", "high"),
+                "tooltip": tooltip("layer", "granularity", "symmetry", numbers=("bits", "step", "low", "high")),
             },
         }
         note = "Logarithmic. Per channel: the median; hovering shows the smallest and the largest."

@@ -148,7 +148,7 @@ def summary(record: RunRecord) -> Section:
             ("left in floating point", ", ".join(header.uncovered) or "nothing else"),
         ]
         facts += [(f"version of {name}", number) for name, number in header.versions.items()]
-    tables = [Table("Facts", [Column("fact"), Column("value")], facts)]
+    tables = [Table("Facts", [Column("fact"), Column("value")], facts, open=True)]
     if record.times:
         start = record.times[0][1]
         rows = [
@@ -207,8 +207,8 @@ def search_section(record: RunRecord, search: Search) -> Section:
     title = "Subnet of this run" if search.name == "subnet" else f"Search {search.name}"
     table, shares = _layer_costs(search)
     charts = [bits_chart(search, search.space.fixed), cost_share_chart(shares)]
-    axes = ("w", "size", "bitops") if search.front else ()
-    charts += [pareto_chart(search, record.measured, name) for name in axes if name in search.front[0]]
+    if search.front:
+        charts.append(pareto_chart(search, record.measured))
     return Section(title, [text] if text else [], charts=_numbered(charts), tables=[_rivals(search), table])
 
 

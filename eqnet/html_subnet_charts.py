@@ -21,6 +21,7 @@ from eqnet.html_charts import (
 )
 from eqnet.run_record import Measured, RunRecord, Search
 from eqnet.scoring.predictor import HeldOut
+from eqnet.space import Budget
 
 KINDS = ["table", "uniform", "searched"]
 COST_AXES = {
@@ -67,7 +68,7 @@ def predictor_charts(held_out: HeldOut) -> list[Chart]:
                     "encoding": {
                         "x": x,
                         "y": y,
-                        "tooltip": tooltip("measured", "predicted", "measured rank", "predicted rank"),
+                        "tooltip": tooltip(numbers=("measured", "predicted", "measured rank", "predicted rank")),
                     },
                 },
             ],
@@ -89,7 +90,7 @@ def cost_charts(measured: Sequence[Measured], costs: Iterable[str] = ("w", "size
                 "kind": m.kind,
                 "cost": m.cost[name] / unit,
                 "validation": m.validation,
-                **({} if m.test is None else {"test": m.test}),
+                "test": "not measured" if m.test is None else f"{m.test:.2f}",
             }
             for m in points
         ]
@@ -109,32 +110,32 @@ def cost_charts(measured: Sequence[Measured], costs: Iterable[str] = ("w", "size
     return charts
 
 
-def pareto_chart(search: Search, measured: Sequence[Measured], cost: str) -> Chart:
-    """The front of a search with `--pareto`: predicted accuracy (or the loss of its score) against a cost, the result on it.
+def pareto_chart(search: Search, measured: Sequence[Measured]) -> Chart:
+    """The front of a search with `--pareto`: predicted accuracy (or the loss of its score) against its cost, the result on it.
 
     Args:
         search: with a front.
-        measured: uniform configs are drawn as measured, on fronts of accuracies of a run's own costs only.
-        cost: name of the cost on the axis.
+        measured: uniform configs are drawn as predicted, on fronts of accuracies without a target only.
     """
     first = next(iter(search.front[0]))
+    limits = [] if search.facts.budget is None else [name for name, _ in Budget.parse(search.facts.budget).limits]
+    cost = limits[0] if len(limits) == 1 and limits[0] in search.front[0] else "bitops"
     unit, label = COST_AXES[cost]
     front = [
         {"config": "front", "kind": "front", "cost": row[cost] / unit, "value": row[first]} for row in search.front
     ]
     rows: list[Row] = []
     if first == "predicted" and search.facts.target is None:
-        uniform = [m for m in measured if m.kind == "uniform"]
+        uniform = [m for m in measured if m.kind == "uniform" and m.predicted is not None]
         rows += [
-            {"config": m.name, "kind": "uniform", "cost": m.cost[cost] / unit, "value": m.validation} for m in uniform
+            {"config": m.name, "kind": "uniform", "cost": m.cost[cost] / unit, "value": m.predicted} for m in uniform
         ]
     facts = search.facts
     if "predicted" in facts.accuracy and cost in facts.cost:
         value = facts.accuracy["predicted"] * (1 if first == "predicted" else -1)
         rows.append({"config": search.name, "kind": "searched", "cost": facts.cost[cost] / unit, "value": value})
     title = "predicted accuracy [%]" if first == "predicted" else first
-    note = "Front and searched config as predicted, uniform configs as measured on validation."
-    note = note if first == "predicted" else "Less is better."
+    note = "All as predicted; predictions may exceed 100 %." if first == "predicted" else "Less is better."
     return _front_chart(f"Pareto front against {label}", front, rows, (label, title, "value"), note)
 
 
@@ -144,7 +145,8 @@ def _front_chart(title: str, front: list[Row], rows: list[Row], axes: tuple[str,
     y = {"field": axes[2], "type": "quantitative", "title": axes[1], "scale": {"zero": False}}
     kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
     size = {"condition": {"test": "datum.kind == 'searched'", "value": 130}, "value": 40}
-    shown = tooltip("config", "kind", "cost", axes[2], *(["test"] if any("test" in row for row in rows) else []))
+    tested = ["test"] if any("test" in row for row in rows) else []
+    shown = tooltip("config", "kind", *tested, numbers=("cost", axes[2]))
     kind = by_kind("kind", KINDS, kinds)
     points = {
         "data": {"values": rows},
@@ -162,7 +164,7 @@ def _front_chart(title: str, front: list[Row], rows: list[Row], axes: tuple[str,
     line = {
         "data": {"values": front},
         "mark": {"type": "line", "interpolate": "step-after", "style": "front", "point": {"size": 25}},
-        "encoding": {"x": x, "y": y, "tooltip": tooltip("config", "cost", axes[2])},
+        "encoding": {"x": x, "y": y, "tooltip": tooltip("config", numbers=("cost", axes[2]))},
     }
     return Chart(title, {"height": 280, "layer": [line, points] if rows else [line]}, note)
 
@@ -193,7 +195,7 @@ def bits_chart(search: Search, fixed: frozenset[str]) -> Chart:
             "yOffset": {"field": "slot", "type": "nominal", "sort": ["weights", "activations"]},
             "color": by_kind("slot", ["weights", "activations"]),
             "opacity": {"condition": {"test": "datum.fixed == 'yes'", "value": 0.45}, "value": 1},
-            "tooltip": tooltip("layer", "slot", "bits", "fixed"),
+            "tooltip": tooltip("layer", "slot", "fixed", numbers=("bits",)),
         },
     }
     return Chart("Bits of each layer", spec, "Pale: bits that the space fixes.")
@@ -215,7 +217,7 @@ def cost_share_chart(rows: Sequence[Row]) -> Chart:
         "encoding": {
             "x": {"field": "share", "type": "quantitative", "title": "share of the network [%]"},
             "y": layer_axis(rows),
-            "tooltip": tooltip("layer", "measure", "share", "amount"),
+            "tooltip": tooltip("layer", "measure", "amount", numbers=("share",)),
         },
     }
     return Chart("Cost of each layer", spec, "Biases, normalisation and overhead are the rest of the network.")
@@ -258,7 +260,7 @@ def comparison_charts(records: Mapping[str, RunRecord]) -> list[Chart]:
                 "y": y,
                 "color": by_kind("run", list(records)),
                 "shape": by_kind("run", list(records)),
-                "tooltip": tooltip("run", "config", "cost", "validation"),
+                "tooltip": tooltip("run", "config", numbers=("cost", "validation")),
             },
         }
         charts.append(Chart("Searched subnets", spec))

@@ -33,7 +33,7 @@ from eqnet.run_files import (
     read_facts,
 )
 from eqnet.scoring.evaluation import read_rows, table_genomes, uniform_configs
-from eqnet.scoring.predictor import HeldOut
+from eqnet.scoring.predictor import AccuracyPredictor, HeldOut
 from eqnet.search.scope import read_target_subnet
 from eqnet.settings import Settings
 from eqnet.space import COSTS, Genomes, QuantConfig, QuantSpace
@@ -52,6 +52,7 @@ class Measured:
         validation: accuracy in percent.
         test: likewise; None where it was not measured.
         cost: by name, in the units of `eqnet.space.cost`.
+        predicted: accuracy in percent of a uniform config by the predictor of the run, if it has one.
     """
 
     kind: str
@@ -59,6 +60,7 @@ class Measured:
     validation: float
     test: float | None
     cost: dict[str, float]
+    predicted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def read_run(path: Path | None) -> RunRecord:
     if header is not None:
         with _reading(folder / "supernet.json"):
             space = QuantSpace.from_json(read_json(folder / "supernet.json")["space"])
+    predictor = _read_predictor(folder / "predictor.safetensors", space)
     evaluation, splits = (
         read_facts(folder / "evaluation.json", Evaluation),
         read_facts(folder / "split.json", SplitFacts),
@@ -145,8 +148,8 @@ def read_run(path: Path | None) -> RunRecord:
         splits={} if splits is None else {name: len(images) for name, images in splits.indices.items()},
         metrics=read_metrics(folder / "metrics.jsonl"),
         evaluation=evaluation,
-        measured=[] if space is None else _measured(folder, space, evaluation, searches),
-        held_out=_read_held_out(folder / "predictor.safetensors"),
+        measured=[] if space is None else _measured(folder, space, evaluation, predictor, searches),
+        held_out=None if predictor is None else predictor.held_out,
         moments=[] if space is None else _moments(folder, space),
         steps=[] if space is None else _step_sizes(folder / "supernet.safetensors", space),
         searches=searches,
@@ -205,7 +208,11 @@ def _read_search(path: Path, run: Path, space: QuantSpace) -> Search:
 
 
 def _measured(
-    folder: Path, space: QuantSpace, evaluation: Evaluation | None, searches: Sequence[Search]
+    folder: Path,
+    space: QuantSpace,
+    evaluation: Evaluation | None,
+    predictor: AccuracyPredictor | None,
+    searches: Sequence[Search],
 ) -> list[Measured]:
     found = []
     genomes, accuracies = _read_table(folder / "table", space)
@@ -214,8 +221,9 @@ def _measured(
     configs = {(bits, form.name): config for bits, form, config in uniform_configs(space)}
     rows = [] if evaluation is None else [u for u in evaluation.uniform if (u.bits, u.form) in configs]
     uniform = space.encode_all([configs[u.bits, u.form] for u in rows])
-    for u, cost in zip(rows, _costs(space, uniform), strict=True):
-        found.append(Measured("uniform", f"{u.bits} bit, {u.form}", u.validation, u.test, cost))
+    predicted = [None] * len(rows) if predictor is None else predictor.score(uniform).tolist()
+    for u, cost, value in zip(rows, _costs(space, uniform), predicted, strict=True):
+        found.append(Measured("uniform", f"{u.bits} bit, {u.form}", u.validation, u.test, cost, value))
     for search in searches:
         known = search.facts.accuracy
         if "validation" in known:
@@ -242,12 +250,11 @@ def _read_table(folder: Path, space: QuantSpace) -> tuple[Genomes, list[float]]:
     return genomes, [rows[i] for i in range(size)]
 
 
-def _read_held_out(path: Path) -> HeldOut | None:
-    if not path.is_file():
+def _read_predictor(path: Path, space: QuantSpace | None) -> AccuracyPredictor | None:
+    if space is None or not path.is_file():
         return None
     with _reading(path):
-        predicted, measured = load_tensors(path)["held_out"].double().numpy()
-        return HeldOut(predicted, measured)
+        return AccuracyPredictor.load(path, space)
 
 
 def _moments(folder: Path, space: QuantSpace) -> list[dict[str, Any]]:

@@ -60,7 +60,7 @@ class Tracker:
             name=folder.name,
             resume="allow" if mode == "online" else None,
             mode=mode,  # type: ignore[arg-type]
-            dir=str(folder),
+            dir=str(folder.resolve()),  # its service may run elsewhere
             config=dict(config),
             settings=wandb.Settings(silent=True, console="off"),
         )
@@ -137,7 +137,7 @@ class Tracker:
         if self._wandb is not None:
             import wandb
 
-            self._send(name, wandb.Image(str(path)))
+            self._send(name, wandb.Image(str(path.resolve())))
 
     def _send(self, name: str, value: Any) -> None:
         self._wandb.log({name: value, "optimizer_step": self.last_step})
@@ -177,7 +177,7 @@ class Tracker:
         )
         for path in files:
             if path.is_file():
-                artifact.add_file(str(path), name=path.name, policy="mutable" if copy else "immutable")
+                artifact.add_file(str(path.resolve()), name=path.name, policy="mutable" if copy else "immutable")
         self._wandb.log_artifact(artifact)
 
     def _artifact_name(self, name: str) -> str:

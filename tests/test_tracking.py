@@ -20,7 +20,6 @@ from PIL import Image
 from test_commands import FAST
 from test_training import TINY
 from wandb.proto.wandb_internal_pb2 import Record
-from wandb_workspaces.reports import v2 as panels
 
 from eqnet.checkpoint import write_json
 from eqnet.dashboard import build_view
@@ -249,6 +248,8 @@ def chart(stored: list[Record], name: str) -> dict[str, Any]:
 
 def shown(panel: Any, logged: set[str]) -> bool:
     """Whether a panel of a saved view finds something among the logged names."""
+    from wandb_workspaces.reports import v2 as panels
+
     match panel:
         case panels.MediaBrowser():
             return set(panel.media_keys) <= logged
@@ -298,6 +299,7 @@ def test_the_agent_of_a_sweep_names_the_run(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "wandb_id.txt").read_text() == "given123\n"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # wandb_workspaces is written for an older pydantic
 def test_a_run_and_its_search_are_all_in_wandb(call, eqnet: Eqnet, tmp_path: Path) -> None:
     code, _, err = call("train", "output=run", *TINY, "tracking=wandb")
     assert code == 0, err
