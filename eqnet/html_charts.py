@@ -61,8 +61,6 @@ def line_chart(title: str, lines: Sequence[Line], x: str, y: str, *, note: str =
         every = -(-len(line.points) // MAX_POINTS)
         rows += [{"x": px, "y": py, "key": f"s{i}", "series": line.label} for px, py in line.points[::every]]
     values = [row["y"] for row in rows]
-    wide_range = min(values) > 0 and max(values) > 30 * min(values)
-    scale = {"type": "log"} if wide_range else {"zero": False}
     x_axis = {"field": "x", "type": "quantitative", "title": x, "scale": {"zero": False, "nice": False}}
     color = {
         "field": "series",
@@ -86,7 +84,13 @@ def line_chart(title: str, lines: Sequence[Line], x: str, y: str, *, note: str =
                 "mark": mark,
                 "encoding": {
                     "x": x_axis,
-                    "y": {"field": "y", "type": "quantitative", "title": y, "scale": scale, "axis": {"tickCount": 5}},
+                    "y": {
+                        "field": "y",
+                        "type": "quantitative",
+                        "title": y,
+                        "scale": value_scale(values),
+                        "axis": {"tickCount": 5},
+                    },
                     "color": color,
                 },
             },
@@ -111,6 +115,11 @@ def line_chart(title: str, lines: Sequence[Line], x: str, y: str, *, note: str =
 def choice(name: str, value: str, options: Sequence[str], label: str | None = None) -> Spec:
     """Radio buttons that set the parameter `name` of a specification."""
     return {"name": name, "value": value, "bind": {"input": "radio", "options": list(options), "name": label or name}}
+
+
+def value_scale(values: Sequence[float]) -> Spec:
+    """Logarithmic where values are positive and differ by more than a factor of 30."""
+    return {"type": "log"} if 0 < min(values) < max(values) / 30 else {"zero": False}
 
 
 def layer_axis(rows: Sequence[Row]) -> Spec:

@@ -18,6 +18,7 @@ from eqnet.html_charts import (
     line_chart,
     metric_lines,
     tooltip,
+    value_scale,
 )
 from eqnet.run_record import Measured, RunRecord, Search
 from eqnet.scoring.predictor import HeldOut
@@ -142,7 +143,8 @@ def pareto_chart(search: Search, measured: Sequence[Measured]) -> Chart:
 def _front_chart(title: str, front: list[Row], rows: list[Row], axes: tuple[str, str, str], note: str) -> Chart:
     """Points by kind over a stepped front; `axes` are the titles of x and y and the field of y."""
     x = {"field": "cost", "type": "quantitative", "title": axes[0], "scale": {"zero": False}}
-    y = {"field": axes[2], "type": "quantitative", "title": axes[1], "scale": {"zero": False}}
+    scale = value_scale([row[axes[2]] for row in [*front, *rows]])
+    y = {"field": axes[2], "type": "quantitative", "title": axes[1], "scale": scale}
     kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
     size = {"condition": {"test": "datum.kind == 'searched'", "value": 130}, "value": 40}
     tested = ["test"] if any("test" in row for row in rows) else []
@@ -163,7 +165,12 @@ def _front_chart(title: str, front: list[Row], rows: list[Row], axes: tuple[str,
     }
     line = {
         "data": {"values": front},
-        "mark": {"type": "line", "interpolate": "step-after", "style": "front", "point": {"size": 25}},
+        "mark": {
+            "type": "line",
+            "interpolate": "step-after",
+            "style": "front",
+            "point": {"size": 25, "style": "front"},
+        },
         "encoding": {"x": x, "y": y, "tooltip": tooltip("config", numbers=("cost", axes[2]))},
     }
     return Chart(title, {"height": 280, "layer": [line, points] if rows else [line]}, note)
