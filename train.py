@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 
-from eqnet.checkpoint import load_float_weights, read_json, write_json
+from eqnet.checkpoint import load_float_weights, read_object, write_json
 from eqnet.command import make_console, progress_bar, run_command, start_cpu_processes
 from eqnet.dashboard import track_training
 from eqnet.data import DataSplits
@@ -62,9 +62,16 @@ def main() -> None:
     else:
         check_model(settings, data)
         run = Run.create(settings, accelerator)
+    with run.claimed():
+        train(run, data, accelerator, console, resume=arguments.resume)
+    return None
+
+
+def train(run: Run, data: DataSplits, accelerator: Accelerator, console: Console, *, resume: bool) -> None:
+    """Trains what is left of a run, evaluates and saves."""
     run.store_split(data, accelerator)
     store_subnet(run, accelerator)
-    checkpoint, notes = run.newest_checkpoint() if arguments.resume else (None, [])
+    checkpoint, notes = run.newest_checkpoint() if resume else (None, [])
     for note in notes:
         console.print(note, style="yellow")
     console.print(f"run {run.path}: {run.settings.model.name} on {run.settings.data.name}, {data.num_classes} classes")
@@ -146,7 +153,8 @@ def evaluate(
         write_json(run.path / "evaluation.json", {"float": float_accuracy, **results})
         track_training(tracker, run)
         report_at_end(run.path, console)
-        console.print(f"saved {run.path}: {', '.join(sorted(p.name for p in run.path.iterdir() if p.is_file()))}")
+        names = sorted(p.name for p in run.path.glob("[!.]*") if p.is_file())
+        console.print(f"saved {run.path}: {', '.join(names)}")
         console.print(f"next: {next_step(run)}")
 
 
@@ -191,7 +199,7 @@ def evaluate_subnet(
     found = {s: float(evaluator.measure_all([config], [s], accelerator)[0, 0]) for s in SPLITS}
     if not accelerator.is_main_process:
         return {}
-    accuracies = read_json(run.path / "subnet.json")["accuracy"] | found
+    accuracies = read_object(run.path / "subnet.json", "accuracy")["accuracy"] | found
     console.print(
         f"validation accuracy [%] before training the subnet {accuracies['validation_before']:.2f}, after "
         f"{found['validation']:.2f}, float {float_accuracy['validation']:.2f}; test {found['test']:.2f}, "
@@ -209,7 +217,7 @@ def evaluate_subnet(
 
 def report_stability(run: Run, tracker: Tracker, console: Console) -> None:
     """How much the inputs of BN layers change with the bits before and after bit-meta training, as figures and as a picture."""
-    found = {when: Stability.from_json(data) for when, data in read_json(run.path / "stability.json").items()}
+    found = {when: Stability.from_json(data) for when, data in read_object(run.path / "stability.json").items()}
     figures = {f"stability/{when}": stability.instability for when, stability in found.items()}
     console.print(
         "instability of BN inputs over bit-widths: " + ", ".join(f"{n} {s.instability:.3f}" for n, s in found.items())

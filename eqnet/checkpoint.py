@@ -20,6 +20,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from eqnet.documents import parse_json, read_text
+
 _WRAPPERS = (
     "state_dict_ema",
     "state_dict",
@@ -73,12 +75,24 @@ def read_json(path: str | Path) -> Any:
     """Reads a JSON file.
 
     Raises:
-        ValueError: the file is missing, unreadable, truncated or not JSON.
+        ValueError: the file is missing, unreadable, truncated, not JSON, or beyond the limits of `eqnet.documents`.
     """
-    try:
-        return json.loads(_read_bytes(path).decode("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"'{path}' is truncated or not a JSON file: {error}.") from error
+    return parse_json(read_text(path), f"'{path}'")
+
+
+def read_object(path: str | Path, *keys: str) -> dict[str, Any]:
+    """Reads a JSON file that holds an object with these keys.
+
+    Raises:
+        ValueError: as `read_json`; the file holds something else, or a key is missing.
+    """
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise ValueError(f"'{path}' must hold an object; got a {type(data).__name__}.")
+    missing = [key for key in keys if key not in data]
+    if missing:
+        raise ValueError(f"'{path}' is incomplete: {', '.join(missing)} missing.")
+    return data
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:

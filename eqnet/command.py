@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
 import sys
@@ -12,6 +13,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
+
+# no space, quota, file size limit, read-only file system, permission, damaged device
+STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 class Interrupted(Exception):
@@ -76,7 +80,7 @@ def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[
 def run_command(command: Callable[[], None]) -> None:
     """Runs a command: the user's mistakes (ValueError) become one sentence on stderr and exit code 2.
 
-    An interrupted command exits with 130 and says how to continue.
+    So do a full disk and a folder that cannot be written. An interrupted command exits with 130 and says how to continue.
     """
     keep_freed_memory()
     try:
@@ -84,6 +88,12 @@ def run_command(command: Callable[[], None]) -> None:
     except ValueError as error:
         if is_main_process():
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in STORAGE_ERRORS:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        print(f"error: cannot write{where}: {error.strerror}; what was finished is kept.", file=sys.stderr)
         sys.exit(2)
     except (Interrupted, KeyboardInterrupt) as stop:
         if is_main_process():

@@ -14,14 +14,18 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock
+from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from torch import nn
 
@@ -30,11 +34,12 @@ from eqnet.checkpoint import (
     atomic_write_text,
     load_float_weights,
     load_tensors,
-    read_json,
+    read_object,
     save_tensors,
     write_json,
 )
 from eqnet.data import DataSplits, load_data
+from eqnet.lock import LOCK_FILE, claimed, locked, take_lock
 from eqnet.nn.supernet import Supernet
 from eqnet.settings import ModelSettings, Settings, SpaceSettings, dump_settings, load_settings
 from eqnet.space import LayerInfo, QuantFormat, QuantSpace, Slot
@@ -42,6 +47,7 @@ from eqnet.space.hardware import load_target
 
 PHASES = ("pretrain", "select", "act", "supernet")
 KEPT_CHECKPOINTS = 2
+LATEST = Path("runs") / ".latest"  # holds the name of the run in `runs/` that was started last
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class Run:
 
     def __init__(self, path: Path, settings: Settings) -> None:
         self.path, self.settings = path, settings
+        self._search: FileLock | None = None
 
     # -- finding and making -------------------------------------------------------------------------------------------
 
@@ -66,30 +73,42 @@ class Run:
         """Makes the folder `settings.output`, or a new one below `runs/`; all processes get the same.
 
         Raises:
-            ValueError: the folder already holds something.
+            ValueError: the folder already holds something, or cannot be written.
         """
         answer: list[Any] = [None]
         if accelerator.is_main_process:
             try:
                 answer = [Run._make_folder(settings)]
-                atomic_write_text(Path(answer[0]) / "settings.yaml", dump_settings(settings))
             except (ValueError, OSError) as error:
                 answer = [error]
         broadcast_object_list(answer)
         if isinstance(answer[0], ValueError):
             raise answer[0]
         if isinstance(answer[0], OSError):
-            raise ValueError(f"cannot write the run's folder: {answer[0]}.") from answer[0]
+            raise ValueError(f"cannot make the run's folder: {answer[0]}.") from answer[0]
         return Run(Path(answer[0]), settings)
 
     @staticmethod
     def _make_folder(settings: Settings) -> str:
-        if settings.output is not None:
+        if settings.output is None:
+            path = Run._unused_folder(settings)
+        else:
             path = Path(settings.output)
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                raise ValueError(f"{path} already exists; continue that run with --resume or give another output=.")
+            if path.exists() and not path.is_dir():
+                raise ValueError(f"{path} already exists and is a file; give another output=.")
             path.mkdir(parents=True, exist_ok=True)
-            return str(path)
+        with locked(path):
+            # of a run that was killed while it began
+            leftovers = {path / LOCK_FILE, *path.glob(".settings.yaml.*.tmp")}
+            if any(p not in leftovers for p in path.iterdir()):
+                raise ValueError(f"{path} already exists; continue that run with --resume or give another output=.")
+            atomic_write_text(path / "settings.yaml", dump_settings(settings))
+        if path.parent == Path("runs"):
+            atomic_write_text(LATEST, path.name)
+        return str(path)
+
+    @staticmethod
+    def _unused_folder(settings: Settings) -> Path:
         stem = re.sub(r"[^\w.-]+", "-", f"{Path(settings.data.name).stem}-{settings.model.name}")
         for suffix in ["", *(f"-{i}" for i in range(2, 1000))]:
             path = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{stem}{suffix}"
@@ -97,7 +116,7 @@ class Run:
                 path.mkdir(parents=True)
             except FileExistsError:
                 continue
-            return str(path)
+            return path
         raise AssertionError("a thousand runs in one second")
 
     @staticmethod
@@ -107,7 +126,7 @@ class Run:
 
     @staticmethod
     def open(path: str | Path | None) -> Run:
-        """An existing run: a folder, or None for the one in `runs/` that was changed last.
+        """An existing run: a folder, or None for the one in `runs/` that was started last.
 
         Raises:
             ValueError: there is no run.
@@ -116,7 +135,8 @@ class Run:
             found = [p.parent for p in Path("runs").glob("*/settings.yaml")]
             if not found:
                 raise ValueError("there is no run below runs/; train one with `accelerate launch train.py` first.")
-            path = max(found, key=lambda p: ((p / "settings.yaml").stat().st_mtime, p.name))
+            noted = LATEST.parent / LATEST.read_text().strip() if LATEST.is_file() else None  # times follow the clock
+            path = max(found, key=lambda p: (p == noted, (p / "settings.yaml").stat().st_mtime, p.name))
         path = Path(path)
         if not (path / "settings.yaml").is_file():
             raise ValueError(f"{path} is not the folder of a run (it has no settings.yaml).")
@@ -139,22 +159,46 @@ class Run:
                 )
         return run
 
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keeps other commands out of the run while this one writes there; called by all processes.
+
+        Raises:
+            ValueError: another command works on it, or its folder cannot be written.
+        """
+        with claimed(self.path):
+            for leftover in self.path.glob(".*.tmp"):  # of a write that was killed
+                leftover.unlink(missing_ok=True)
+            yield
+
     def new_search_folder(self, budget: str, target: str | None, form: str | None) -> Path:
-        """A new folder below `search/`; earlier results stay."""
+        """A new folder below `search/`, for this process alone; earlier results stay, what a killed search left is used again."""
         stem = "-".join(part for part in (budget.replace("=", "").replace(",", "-"), target, form) if part)
         for number in range(1, 10_000):
             folder = self.path / "search" / (stem if number == 1 else f"{stem}-{number}")
-            try:
-                folder.mkdir(parents=True)
-            except FileExistsError:
-                continue
-            return folder
+            folder.parent.mkdir(exist_ok=True)
+            lock = take_lock(folder.with_name(f".{folder.name}{LOCK_FILE}"))
+            if lock is not None and not (folder / "subnet.json").exists():
+                folder.mkdir(exist_ok=True)
+                self._search = lock  # held until the process ends
+                return folder
+            if lock is not None:
+                lock.release()
         raise ValueError(f"{self.path / 'search'} holds ten thousand searches for {budget}; clear it.")
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def save_checkpoint(self, accelerator: Accelerator, phase: str, step: int) -> None:
-        """Saves everything needed to continue bit for bit; called by all processes."""
+    def save_checkpoint(
+        self, accelerator: Accelerator, phase: str, step: int, modules: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        """Saves everything needed to continue bit for bit; called by all processes.
+
+        Args:
+            accelerator: holds model, optimizer and generators.
+            phase: of the checkpoint's name.
+            step: optimizer steps of the phase.
+            modules: further ones by name, which accelerate would pickle.
+        """
         folder = self.path / "checkpoints"
         final = folder / f"{phase}-{step:08d}"
         if final.exists():
@@ -164,7 +208,21 @@ class Run:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial), safe_serialization=True)
+        try:
+            accelerator.save_state(str(partial), safe_serialization=True)
+            if accelerator.is_main_process:
+                for name, module in (modules or {}).items():
+                    save_tensors(partial / f"{name}.safetensors", module.state_dict())
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch and safetensors have their own for a full disk
+            shutil.rmtree(partial, ignore_errors=True)
+            raise ValueError(
+                f"cannot write the checkpoint {final} ({str(error).splitlines()[0]}); the one before it is kept: make room "
+                "and continue with --resume."
+            ) from error
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             sums = {p.name: _sha256(p) for p in sorted(partial.iterdir())}
@@ -183,14 +241,30 @@ class Run:
                 found.append(Checkpoint(phase, int(step), path))
         return sorted(found, key=lambda c: (PHASES.index(c.phase), c.step), reverse=True)
 
+    def load_checkpoint(
+        self, accelerator: Accelerator, checkpoint: Checkpoint, modules: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        """Restores what `save_checkpoint` saved; called by all processes. Nothing is unpickled but tensors and plain values.
+
+        Raises:
+            ValueError: the checkpoint belongs to another model or space.
+        """
+        try:
+            accelerator.load_state(str(checkpoint.path))
+            for name, module in (modules or {}).items():
+                module.load_state_dict(load_tensors(checkpoint.path / f"{name}.safetensors"))
+        except (RuntimeError, ValueError, KeyError, UnpicklingError, SafetensorError) as error:
+            raise ValueError(
+                f"{checkpoint.path} belongs to another model or space: {str(error).splitlines()[0]}"
+            ) from error
+
     def newest_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint whose checksums hold, and a sentence about each damaged one that was passed over."""
         notes: list[str] = []
         for checkpoint in self._checkpoints():
             try:
-                sums = read_json(checkpoint.path / "state.json")["sha256"]
-                damaged = [name for name, value in sums.items() if _sha256(checkpoint.path / name) != value]
-            except (ValueError, OSError, KeyError, TypeError, AttributeError):
+                damaged = _damaged(checkpoint.path)
+            except (ValueError, OSError, TypeError):
                 damaged = ["state.json"]
             if not damaged:
                 return checkpoint, notes
@@ -224,13 +298,8 @@ class Run:
             raise ValueError(
                 f"{self.path} has no trained supernet yet; finish it with `accelerate launch train.py --resume`."
             )
-        header = read_json(self.path / "supernet.json")
-        try:
-            space, classes, size = QuantSpace.from_json(header["space"]), header["num_classes"], header["input_size"]
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{self.path / 'supernet.json'} does not describe a supernet: {error} is missing."
-            ) from error
+        header = read_object(self.path / "supernet.json", "space", "num_classes", "input_size")
+        space, classes, size = QuantSpace.from_json(header["space"]), header["num_classes"], header["input_size"]
         supernet = Supernet(create_float_model(self.settings.model, classes, size[0], weights=False), space)
         load_supernet_weights(supernet, self.path / "supernet.safetensors")
         return supernet.eval(), header
@@ -249,7 +318,9 @@ def open_data(run: Run, indices: Mapping[str, Sequence[int]] | None = None) -> D
     s = run.settings
     folders = [run.path, *([] if s.supernet is None else [Path(s.supernet)])]
     folder = next((f for f in folders if (f / "split.json").exists()), None)
-    stored = None if folder is None or indices is not None else read_json(folder / "split.json")
+    stored = (
+        None if folder is None or indices is not None else read_object(folder / "split.json", "fingerprint", "indices")
+    )
     config = timm.models.get_pretrained_cfg(s.model.name) if timm.is_model(s.model.name) else None
     data_config = None if config is None else resolve_data_config(pretrained_cfg=config.to_dict())
     data = load_data(s.data, s.seed, data_config, indices=stored["indices"] if stored else indices)
@@ -331,6 +402,14 @@ def versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ("eqnet", "torch", "timm", "numpy")}
+
+
+def _damaged(checkpoint: Path) -> list[str]:
+    """Files of a checkpoint whose checksums do not hold, that are missing, or that the list of checksums does not name."""
+    sums = read_object(checkpoint / "state.json", "sha256")["sha256"]
+    found = {path.name for path in checkpoint.iterdir()} - {"state.json"}
+    foreign = set(sums) ^ found  # names in the list that are no plain names are never opened
+    return sorted(foreign | {name for name in found - foreign if _sha256(checkpoint / name) != sums[name]})
 
 
 def _sha256(path: Path) -> str:

@@ -6,7 +6,9 @@ Defaults of the method follow EQ-Net (arXiv 2308.07650) and its released code wh
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +16,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from eqnet.documents import parse_yaml, read_yaml
+
 Bits = list[int]
+MAX_KEY_PARTS = 8
 Granularity = Literal["tensor", "channel"]
 
 
@@ -32,7 +37,7 @@ Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelSettings(_Section):
@@ -167,7 +172,7 @@ class SearchSettings(_Section):
 class Settings(_Section):
     """Everything that defines a run."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     output: str | None = None  # folder of the run; None: a new one below runs/
     subnet: str | None = None  # a subnet.json: this config alone is trained; None: the supernet
     supernet: str | None = (
@@ -253,12 +258,7 @@ def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ValueError(f"cannot read the settings file {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a YAML file: {str(error).splitlines()[0]}.") from error
+    data = read_yaml(path, "settings file")
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -267,15 +267,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _parse_value(text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"cannot read the value {text!r}.") from error
+    value = parse_yaml(text, f"the value {text[:50]!r}")
     if isinstance(value, str):  # YAML 1.1 does not read 1e-3 as a number
-        try:
-            return float(value)
-        except ValueError:
-            return value
+        with contextlib.suppress(ValueError):
+            number = float(value)
+            return number if math.isfinite(number) else value
     return value
 
 
@@ -299,6 +295,8 @@ def load_settings(arguments: Sequence[str], base: Mapping[str, Any] | None = Non
             changes, source = {}, argument
             node = changes
             *parents, leaf = key.strip().split(".")
+            if len(parents) > MAX_KEY_PARTS:
+                raise ValueError(f"{argument[:50]!r}...: a key has at most {MAX_KEY_PARTS} dots.")
             for parent in parents:
                 node = node.setdefault(parent, {})
             node[leaf] = _parse_value(text)

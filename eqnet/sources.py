@@ -7,6 +7,8 @@ Shapes: `N` images, `H` rows, `W` columns, `C` channels.
 
 from __future__ import annotations
 
+import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from eqnet.augment import Augment, Ints
 from eqnet.batches import ImageReader
 
 _TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST"}
+MAX_CLASSES = 1_000_000
 _NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
@@ -119,6 +122,7 @@ def _torchvision(name: str, root: str, download: bool) -> Source:
 def _npz(path: Path) -> Source:
     """Keys `train_images` and `test_images` uint8 [N, H, W, C], `train_labels` and `test_labels` integers [N], optional `classes`."""
     try:
+        _check_unpacked_size(path)
         with np.load(path, allow_pickle=False) as file:
             missing = [key for key in _NPZ_KEYS if key not in file]
             arrays = {key: file[key] for key in (*_NPZ_KEYS, "classes") if key in file}
@@ -134,6 +138,8 @@ def _npz(path: Path) -> Source:
         if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
             got = f"{labels.dtype} {list(labels.shape)}"
             raise ValueError(f"{path}: {part}_labels must be {len(images)} integers, one per image; got {got}.")
+        if labels.min() < 0 or labels.max() >= MAX_CLASSES:
+            raise ValueError(f"{path}: {part}_labels must be numbers from 0 to {MAX_CLASSES - 1}.")
     train, test = arrays["train_images"], arrays["test_images"]
     if train.shape[1:] != test.shape[1:]:
         shapes = f"{list(train.shape[1:])} and {list(test.shape[1:])}"
@@ -141,6 +147,17 @@ def _npz(path: Path) -> Source:
     labels = np.concatenate([arrays["train_labels"], arrays["test_labels"]]).astype(np.int64)
     names = [str(name) for name in arrays["classes"].ravel()] if "classes" in arrays else _numbered(labels)
     return Source(np.concatenate([train, test]), labels, {"train": len(train), "test": len(test)}, tuple(names))
+
+
+def _check_unpacked_size(path: Path) -> None:
+    """Raises ValueError if the arrays of an archive do not fit into the memory of this machine; reads its index only."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        raise ValueError(
+            f"its arrays take {size / 2**30:.1f} GiB and this machine has {memory / 2**30:.1f} GiB of memory; use a folder of images"
+        )
 
 
 def _numbered(labels: Ints) -> list[str]:

@@ -28,6 +28,9 @@ def has_wandb_key() -> bool:
         return False
 
 
+FINAL = ("test/", "stability/")  # figures of the end of training, which is to come after a checkpoint
+
+
 class Tracker:
     """Logs figures, tables, histograms and images of one run.
 
@@ -81,9 +84,10 @@ class Tracker:
             self._wandb.log({k: v for k, v in row.items() if k != "step"} | {"optimizer_step": step})
 
     def rewind(self, step: int) -> None:
-        """Drops rows after `step`, so that a resumed run leaves no duplicates."""
+        """Drops rows after `step` and those of the end of training, so that a resumed run leaves no duplicates."""
         if self.enabled:
-            kept = [json.dumps(row) + "\n" for row in self._rows() if row["step"] <= step]
+            rows = (row for row in self._rows() if row["step"] <= step)
+            kept = [json.dumps(row) + "\n" for row in rows if not any(name.startswith(FINAL) for name in row)]
             atomic_write_text(self.folder / "metrics.jsonl", "".join(kept))
             self.last_step = step
 

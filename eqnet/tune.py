@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from accelerate import Accelerator
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich.console import Console
@@ -31,6 +30,7 @@ from eqnet.augment import keyed_rng
 from eqnet.checkpoint import atomic_write_text, read_json, write_json
 from eqnet.command import progress_bar
 from eqnet.data import DataSplits
+from eqnet.documents import read_yaml
 from eqnet.nn.supernet import Supernet
 from eqnet.run import Run, open_data
 from eqnet.scoring.evaluation import Evaluator, uniform_configs
@@ -121,12 +121,7 @@ class TuneSettings(_Strict):
         Raises:
             ValueError: one sentence naming the file, the key and what is wrong.
         """
-        try:
-            data = yaml.safe_load(Path(path).read_text())
-        except OSError as error:
-            raise ValueError(f"cannot read {path}: {error.strerror}.") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a YAML file: {str(error).splitlines()[0]}.") from error
+        data = read_yaml(path)
         try:
             return TuneSettings.model_validate(data)
         except ValidationError as error:
@@ -337,7 +332,7 @@ def _train(folder: Path, settings: Settings, data: DataSplits, console: Console)
         return {"validation/mean": score}
 
     tracker = Tracker(folder, "none", settings.project, {})
-    trainer = Trainer(run, accelerator, data, tracker, Console(quiet=True), measure)
+    trainer = Trainer(run, accelerator, data, tracker, Console(quiet=True), measure, recover=False)
     steps = sum(count for name, count in trainer.epochs.items() if name != "pretrain") * len(trainer.loop.batches)
     score: float | None = None
     try:

@@ -19,11 +19,12 @@
      "source": {"run", "subnet", "sha256"} | {}, "versions": {...}}
 
 Low and high are codes; `value = (code - zero_point) * scale`. In a layer that turned channels, their codes (and so the sign
-of BN's factor) are negated or complemented. Codes of weights are `2**shift` times the trained ones. The ONNX file is written first: a description always belongs to a whole file.
+of BN's factor) are negated or complemented. Codes of weights are `2**shift` times the trained ones. The description is written first: an ONNX file always has one, and a description alone is an export that was killed, to be done again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from eqnet.checkpoint import atomic_write_bytes, read_json, write_json
+from eqnet.checkpoint import atomic_write_bytes, read_object, write_json
 from eqnet.deploy.codes import first_problem
 from eqnet.deploy.trace import (
     IMAGES,
@@ -146,8 +147,8 @@ def export_onnx(
         "source": dict(source or {}),
         "versions": _versions(),
     }
-    atomic_write_bytes(path, data)
     write_json(sidecar_path(path), sidecar)
+    atomic_write_bytes(path, data)
     return sidecar
 
 
@@ -181,8 +182,8 @@ def read_sidecar(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: there is none, it is damaged, or it describes another file.
     """
-    content: Any = read_json(sidecar_path(path))
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+    content = read_object(sidecar_path(path))
+    if content.get("schema") != SCHEMA:
         raise ValueError(f"{sidecar_path(path)} is not the description of an export ({SCHEMA}).")
     try:
         data = Path(path).read_bytes()
@@ -198,10 +199,19 @@ def check_output(path: Path, suffix: str = ".onnx") -> None:
     if path.suffix != suffix:
         raise ValueError(f"the output {path} must end with {suffix}.")
     for existing in (path, sidecar_path(path)):
-        if existing.exists():
+        if existing.exists() and not (existing != path and _is_unfinished(path)):
             raise ValueError(f"{existing} already exists; remove it or give another --output.")
     if not path.parent.is_dir():
         raise ValueError(f"the folder of the output {path} does not exist.")
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether there is a description of a file that an export was killed before writing."""
+    if path.exists():
+        return False
+    with contextlib.suppress(ValueError):
+        return bool(read_object(sidecar_path(path)).get("schema") == SCHEMA)
+    return False
 
 
 def _check_belongs(subnet: nn.Module, config: QuantConfig) -> None:

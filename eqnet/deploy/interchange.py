@@ -24,6 +24,7 @@ import yaml
 from torch import Tensor, nn
 
 from eqnet.checkpoint import atomic_write_text, read_json, write_json
+from eqnet.documents import read_yaml
 from eqnet.nn.layers import STANDARDIZED_TYPES, QuantizedLayer
 from eqnet.space import LayerConfig, LayerInfo, QuantConfig, QuantFormat, QuantSpace
 from eqnet.space.qconfig import MAX_BITS, MIN_BITS, Granularity
@@ -85,7 +86,7 @@ def read_plan(path: str | Path, space: QuantSpace, plan_format: str, unnamed: Qu
     """
     path = Path(path)
     try:
-        document = _read_yaml(path) if path.suffix in (".yaml", ".yml") else read_json(path)
+        document = read_yaml(path) if path.suffix in (".yaml", ".yml") else read_json(path)
         if plan_format == MODELOPT:
             config = config_from_modelopt(document, space.layers)
         else:
@@ -94,13 +95,6 @@ def read_plan(path: str | Path, space: QuantSpace, plan_format: str, unnamed: Qu
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     return config
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"'{path}' cannot be read as YAML: {' '.join(str(error).split())}.") from error
 
 
 # -- AIMET -------------------------------------------------------------------------------------------------------------

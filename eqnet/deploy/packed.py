@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from eqnet.checkpoint import atomic_write_bytes, load_tensors
+from eqnet.documents import parse_json
 from eqnet.nn.functional import code_range
 from eqnet.nn.layers import LAYER_TYPES, QuantizedLayer, become_quantized
 from eqnet.space import LayerConfig, LayerInfo, QuantConfig, QuantFormat
@@ -261,7 +262,7 @@ def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 def _contents(path: str | Path, header: Mapping[str, str]) -> tuple[QuantConfig, dict[str, bool]]:
     try:
-        config, signed = QuantConfig.from_json(header["config"]), json.loads(header["signed_inputs"])
+        config, signed = QuantConfig.from_json(header["config"]), parse_json(header["signed_inputs"], "signed_inputs")
         if set(signed) != {name for name, chosen in config.items() if chosen.act is not None}:
             raise ValueError("signed_inputs must name the layers with quantized inputs")
         return config, signed

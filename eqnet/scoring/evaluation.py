@@ -28,8 +28,9 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eqnet.checkpoint import read_json, write_json
+from eqnet.checkpoint import read_object, write_json
 from eqnet.data import Batches, Data, DataSplits, bn_batches, random_subset
+from eqnet.lock import claimed
 from eqnet.nn.integer import kernels_available
 from eqnet.nn.integer_supernet import IntegerSupernet
 from eqnet.nn.supernet import Supernet
@@ -258,7 +259,7 @@ def measure_rows(
         advance: called once per row.
 
     Raises:
-        ValueError: the folder holds a table of other facts, of another space or measurement.
+        ValueError: the folder holds a table of other facts, of another space or measurement, or another command measures it.
     """
     header = {
         **facts,
@@ -269,10 +270,25 @@ def measure_rows(
     }
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "header.json").exists():
-            write_json(folder / "header.json", header)
     accelerator.wait_for_everyone()
-    _check_header({"arithmetic": "simulation", **read_json(folder / "header.json")}, header, folder)
+    with claimed(folder):
+        return _measure_missing(evaluator, folder, space, genomes, header, accelerator, advance)
+
+
+def _measure_missing(
+    evaluator: Evaluator,
+    folder: Path,
+    space: QuantSpace,
+    genomes: Genomes,
+    header: Mapping[str, Any],
+    accelerator: Accelerator,
+    advance: Advance | None,
+) -> NDArray[np.float64]:
+    """`measure_rows` in a folder that no other command works in."""
+    if accelerator.is_main_process and not (folder / "header.json").exists():
+        write_json(folder / "header.json", header)
+    accelerator.wait_for_everyone()
+    _check_header({"arithmetic": "simulation", **read_object(folder / "header.json")}, header, folder)
     size = len(genomes)
     known = dict(read_rows(folder))
     for _ in range(sum(i < size for i in known)):

@@ -28,6 +28,7 @@ from accelerate import Accelerator
 from numpy.typing import ArrayLike, NDArray
 
 from eqnet.checkpoint import atomic_write_text, read_json
+from eqnet.documents import parse_json, read_text
 from eqnet.scoring.evaluation import Evaluator, measure_rows
 from eqnet.scoring.predictor import rank_metrics
 from eqnet.space import Genomes, LayerConfig, MeanBitsSampler, QuantConfig, QuantFormat, QuantSpace
@@ -110,13 +111,10 @@ class Benchmark:
         Raises:
             ValueError: it is missing, damaged, or its columns are not the layers of its space.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"cannot read the benchmark '{path}': {error}.") from error
+        text = read_text(path, kind="benchmark")
         first, _, rest = text.partition("\n")
         try:
-            header = json.loads(first.removeprefix("# "))
+            header = parse_json(first.removeprefix("# "), "the header")
             if header.pop("format") != FORMAT:
                 raise ValueError("another version")
             space = QuantSpace.from_json(header.pop("space"))

@@ -7,15 +7,16 @@ before it. Names are not in the file and must be given.
 
 from __future__ import annotations
 
-import ast
 import io
 import pickle
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from eqnet.documents import parse_json
 from eqnet.scoring.mqbench import Benchmark, search_half
 from eqnet.space import LayerConfig, LayerInfo, QuantConfig, QuantFormat, QuantSpace
 
@@ -55,7 +56,7 @@ def read_mqbench101(path: Path, layers: Sequence[str], act_bits: int = 8, seed: 
         try:
             vectors.append(parse_bits(entry["bit_cfg"]))
             accuracy.append(float(entry["acc"]))
-        except (KeyError, TypeError, ValueError, SyntaxError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"'{path}', entry {number}: not a bit_cfg with acc ({error}).") from error
         if len(vectors[-1]) != len(layers):
             raise ValueError(
@@ -80,7 +81,7 @@ def parse_bits(value: Any) -> tuple[int, ...]:
     >>> parse_bits("[4, 3, 2]") == parse_bits((4, 3, 2)) == parse_bits([4, 3, 2])
     True
     """
-    found = ast.literal_eval(value) if isinstance(value, str) else value
+    found = parse_json(value, "the text") if isinstance(value, str) else value
     if not isinstance(found, list | tuple) or not all(type(b) is int for b in found):
-        raise ValueError(f"{value!r} is not a list of whole numbers")
+        raise ValueError(f"{reprlib.repr(value)} is not a list of whole numbers")
     return tuple(found)

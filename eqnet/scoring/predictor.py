@@ -31,6 +31,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from eqnet.checkpoint import atomic_write_bytes, load_tensors
+from eqnet.documents import parse_json
 from eqnet.scoring.ensemble import PAPER_RECIPE as PAPER_RECIPE
 from eqnet.scoring.ensemble import Ensemble, FoldedEnsemble, PredictorRecipe
 from eqnet.space.space import Genomes, QuantSpace
@@ -207,14 +208,19 @@ class AccuracyPredictor:
             header = file.metadata() or {}
         if header.get("format") != _FORMAT:
             raise ValueError(f"'{path}' is not an accuracy predictor of this version.")
-        if QuantSpace.from_json(json.loads(header["space"])) != space:
+        try:
+            fitted_for = QuantSpace.from_json(parse_json(header["space"], "its space"))
+            recipe = PredictorRecipe(**parse_json(header["recipe"], "its recipe"))
+            held_out = HeldOut(*tensors.pop("held_out").numpy())
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"'{path}' is not an accuracy predictor: {str(error).rstrip('.')}.") from error
+        if fitted_for != space:
             raise ValueError(
                 f"the predictor '{path}' was fitted for another quantization space; load it with the space of the supernet "
                 "and pass restrictions of it to score()."
             )
-        predictor = AccuracyPredictor(space, PredictorRecipe(**json.loads(header["recipe"])))
-        predictor.held_out = HeldOut(*tensors.pop("held_out").numpy())
-        predictor.metrics = rank_metrics(*predictor.held_out)
+        predictor = AccuracyPredictor(space, recipe)
+        predictor.held_out, predictor.metrics = held_out, rank_metrics(*held_out)
         predictor.fingerprint = header.get("fingerprint", "")
         predictor._keep(Ensemble(tensors))
         return predictor

@@ -22,6 +22,7 @@ from eqnet.space.qconfig import MAX_BITS, Form, LayerInfo, QuantFormat
 from eqnet.space.space import Genomes, QuantSpace
 from eqnet.space.steps import Steps
 
+MAX_TEXT = 200  # characters of a budget
 MAX_ACT = "max_act"  # no sum over layers, but a limit on each: `Budget.restrict`
 _UNITS: dict[str, dict[str, float]] = {  # in the unit of the cost; the empty suffix is a plain number
     "w": {"": 1},
@@ -84,6 +85,8 @@ class Budget:
         def fail(problem: str) -> NoReturn:
             raise ValueError(f"budget {text!r}: {problem}; {_EXAMPLE}.")
 
+        if len(text) > MAX_TEXT:
+            raise ValueError(f"a budget has at most {MAX_TEXT} characters; got {len(text)}.")
         for part in text.split(","):
             name, equals, quantity = (s.strip() for s in part.partition("="))
             if not equals:

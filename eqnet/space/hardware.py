@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
+from eqnet.documents import read_yaml
 from eqnet.space.qconfig import LayerInfo, QuantConfig, QuantFormat
 from eqnet.space.space import QuantSpace, Slot
 from eqnet.space.target_rules import ActRule, BiasRule, FixedOutput, OpRules, Ops, Strict, WeightRule, bits_text
@@ -299,16 +299,11 @@ def load_target(name_or_path: str) -> HardwareTarget:
 
 
 def _read_target(path: Path) -> HardwareTarget:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read the target file {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}.") from error
+    data = read_yaml(path, "target file")
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold the rules of a target by name; got a {type(data).__name__}.")
     try:  # through JSON, whose lists may become tuples in strict mode
-        return HardwareTarget.model_validate_json(json.dumps(data, default=str))
+        return HardwareTarget.model_validate_json(json.dumps(data))
     except ValidationError as error:
         raise ValueError(_explain(error, path)) from error
 

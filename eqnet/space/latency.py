@@ -12,13 +12,13 @@ takes besides its layers. Other columns are ignored.
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from eqnet.documents import parse_json, read_text
 from eqnet.space.cost import CostModel
 from eqnet.space.hardware import HardwareTarget
 from eqnet.space.qconfig import LayerInfo, QuantFormat
@@ -120,6 +120,8 @@ class LatencyTable:
             rows, overhead, facts = data["entries"], float(data["overhead_ms"]), dict(data["facts"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a latency table: {error}.") from error
+        if not isinstance(rows, list):
+            raise ValueError("not a latency table: entries must be a list.")
         return _collect(((f"entry {i}", row) for i, row in enumerate(rows)), _json_row, overhead, facts)
 
 
@@ -132,15 +134,11 @@ def read_latency_table(path: str | Path) -> LatencyTable:
     path = Path(path)
     if path.suffix not in (".json", ".csv"):
         raise ValueError(f"a latency table is a .json or .csv file; got {path}.")
+    text = read_text(path, kind="latency table")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".csv":
-            return _read_csv(text)
-        return LatencyTable.from_json(json.loads(text))
-    except OSError as error:
-        raise ValueError(f"cannot read the latency table {path}: {error.strerror}.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not a {path.suffix[1:].upper()} file: {error}.") from error
+        return LatencyTable.from_json(parse_json(text, str(path))) if path.suffix == ".json" else _read_csv(text)
+    except csv.Error as error:
+        raise ValueError(f"{path} is not a CSV file: {error}.") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -6,10 +6,12 @@ everything else in the library is a function of it. Layers are addressed by name
 
 from __future__ import annotations
 
-import json
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from eqnet.documents import parse_json
 
 Granularity = Literal["tensor", "channel"]
 MIN_BITS, MAX_BITS = 2, 8
@@ -72,8 +74,22 @@ class LayerInfo:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> LayerInfo:
-        """Inverse of `to_json`."""
-        return LayerInfo(**{**data, "weight_shape": tuple(data["weight_shape"])})
+        """Inverse of `to_json`. Raises ValueError for anything else."""
+        try:
+            layer = LayerInfo(**{**data, "weight_shape": tuple(data["weight_shape"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not the facts of a layer: {error}") from error
+        counts = (*layer.weight_shape, layer.macs, layer.act_numel, layer.calls)
+        switches = (layer.signed_input, layer.reads_images)
+        if (
+            not isinstance(layer.name, str)
+            or layer.kind not in ("conv", "linear", "conv_transpose")
+            or len(layer.weight_shape) < 2
+            or not all(type(count) is int and 0 <= count < 2**63 for count in counts)
+            or not all(isinstance(switch, bool) for switch in switches)
+        ):
+            raise ValueError(f"not the facts of a layer: {_short(data)}")
+        return layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +108,11 @@ class QuantFormat:
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
-            raise ValueError(f"bits must be a whole number from {MIN_BITS} to {MAX_BITS}; got {self.bits!r}.")
+            raise ValueError(f"bits must be a whole number from {MIN_BITS} to {MAX_BITS}; got {_short(self.bits)}.")
         if not isinstance(self.symmetric, bool):
-            raise ValueError(f"symmetric must be true or false; got {self.symmetric!r}.")
+            raise ValueError(f"symmetric must be true or false; got {_short(self.symmetric)}.")
         if self.granularity not in ("tensor", "channel"):
-            raise ValueError(f"granularity must be 'tensor' or 'channel'; got {self.granularity!r}.")
+            raise ValueError(f"granularity must be 'tensor' or 'channel'; got {_short(self.granularity)}.")
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict."""
@@ -106,7 +122,7 @@ class QuantFormat:
     def from_json(data: Mapping[str, Any]) -> QuantFormat:
         """Inverse of `to_json`. Raises ValueError for anything else."""
         if not isinstance(data, Mapping) or set(data) != {"bits", "symmetric", "granularity"}:
-            raise ValueError(f"a format needs exactly the keys bits, symmetric and granularity; got {data!r}.")
+            raise ValueError(f"a format needs exactly the keys bits, symmetric and granularity; got {_short(data)}.")
         return QuantFormat(data["bits"], data["symmetric"], data["granularity"])
 
 
@@ -167,7 +183,7 @@ class LayerConfig:
     def from_json(data: Mapping[str, Any]) -> LayerConfig:
         """Inverse of `to_json`. Raises ValueError for anything else."""
         if not isinstance(data, Mapping) or set(data) != {"weight", "act"}:
-            raise ValueError(f"a layer needs exactly the keys weight and act; got {data!r}.")
+            raise ValueError(f"a layer needs exactly the keys weight and act; got {_short(data)}.")
         act = None if data["act"] is None else QuantFormat.from_json(data["act"])
         return LayerConfig(QuantFormat.from_json(data["weight"]), act)
 
@@ -222,7 +238,7 @@ class QuantConfig(Mapping[str, LayerConfig]):
     def from_json(data: Mapping[str, Any] | str) -> QuantConfig:
         """Inverse of `to_json`; also accepts the JSON text. Raises ValueError naming the first layer that is wrong."""
         if isinstance(data, str):
-            data = json.loads(data)
+            data = parse_json(data, "the config")
         if not isinstance(data, Mapping):
             raise ValueError(f"a config is an object of layers; got {type(data).__name__}.")
         layers = {}
@@ -232,3 +248,8 @@ class QuantConfig(Mapping[str, LayerConfig]):
             except ValueError as error:
                 raise ValueError(f"layer {name!r}: {error}") from error
         return QuantConfig(layers)
+
+
+def _short(data: Any) -> str:
+    """What a message quotes of a value that may be of any size."""
+    return reprlib.repr(data)

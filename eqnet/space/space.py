@@ -483,7 +483,7 @@ class QuantSpace:
                 ties=data["ties"],
                 float_numel=data["float_numel"],
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"not the description of a quantization space: {error}") from error
 
     def __eq__(self, other: object) -> bool:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
+from eqnet.checkpoint import read_object, write_json
 from eqnet.command import Interrupted
 from eqnet.data import Batches, DataSplits
 from eqnet.nn.kernels import SCALE_EPS
@@ -36,11 +38,44 @@ from eqnet.training.optimizer import cosine
 ComputeStep = Callable[[Tensor, Tensor, int], dict[str, Tensor]]
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # in the words of accelerate
+LOWER_RATE = 0.1  # factor on learning rates after training went back
 STOP_CHECK_STEPS = 10  # processes agree on a received signal this often
 
 
 class DivergedError(ValueError):
     """The loss is not finite."""
+
+
+@dataclass(frozen=True)
+class Setback:
+    """Where training went back to because it had diverged: `setback.json` of the run, so that a resumed run knows.
+
+    Attributes:
+        phase: that diverged.
+        step: of the checkpoint; learning rates are lower after it.
+        reason: what was not finite.
+    """
+
+    phase: str
+    step: int
+    reason: str
+
+    def factor(self, phase: str, step: int) -> float:
+        """Of the learning rates of a step."""
+        return LOWER_RATE if phase == self.phase and step >= self.step else 1.0
+
+    @staticmethod
+    def read(folder: Path) -> Setback | None:
+        """That of a run, if any. Raises ValueError if its file is damaged."""
+        path = folder / "setback.json"
+        if not path.exists():
+            return None
+        data = read_object(path, "phase", "step", "reason")
+        return Setback(data["phase"], data["step"], data["reason"])
+
+    def write(self, folder: Path) -> None:
+        """Writes the file."""
+        write_json(folder / "setback.json", asdict(self))
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
@@ -81,6 +116,11 @@ class Phase:
     evaluate: Evaluate | None = None
     first: Evaluate | None = None
 
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """What its checkpoints hold besides the prepared model."""
+        return {} if self.ema is None else {"ema": self.ema}
+
 
 class Loop:
     """Runs phases of one run.
@@ -91,11 +131,19 @@ class Loop:
         data: the splits.
         tracker: receives figures.
         console: where progress is shown, on the main process.
+        recover: go back to the last checkpoint once if training diverges.
     """
 
     def __init__(
-        self, run: Run, accelerator: Accelerator, data: DataSplits, tracker: Tracker, console: Console
+        self,
+        run: Run,
+        accelerator: Accelerator,
+        data: DataSplits,
+        tracker: Tracker,
+        console: Console,
+        recover: bool = True,
     ) -> None:
+        self.recover = recover
         self.run, self.accelerator, self.tracker, self.console = run, accelerator, tracker, console
         self.settings = run.settings
         self.batches = Batches(
@@ -116,33 +164,42 @@ class Loop:
     def train(self, phase: Phase, resume: Checkpoint | None) -> None:
         """Runs what is left of a phase after the checkpoint `resume` of it (None: all of it).
 
+        If training diverges, it goes back to the newest checkpoint and on with a lower learning rate, once in a run.
+
         Raises:
-            ValueError: the checkpoint does not fit.
-            DivergedError: the loss is not finite; the last checkpoint is intact.
+            ValueError: the checkpoint does not fit, or cannot be written.
+            DivergedError: the loss is not finite, for the second time if it may go back; the last checkpoint is intact.
             Interrupted: a signal arrived within `catch_signals`; a checkpoint was written.
         """
-        t, per_epoch, optimizer = self.settings.train, len(self.batches), phase.optimizer
-        total, warmup = phase.epochs * per_epoch, round(phase.warmup_epochs * per_epoch)
         step = 0
         if resume is not None:
-            try:
-                self.accelerator.load_state(str(resume.path))
-            except (RuntimeError, ValueError, KeyError) as error:
-                raise ValueError(
-                    f"{resume.path} belongs to another model or space: {str(error).splitlines()[0]}"
-                ) from error
+            self.run.load_checkpoint(self.accelerator, resume, phase.modules)
             step = resume.step
         self.tracker.rewind(phase.offset + step)
+        if resume is None:
+            if phase.first is not None:
+                self._evaluate(phase.first, phase, 0)
+            self._save(phase, 0)
+        while True:
+            try:
+                return self._steps(phase, step)
+            except DivergedError as error:
+                step = self._go_back(phase, error)
+
+    def _steps(self, phase: Phase, step: int) -> None:
+        """The steps of a phase after `step`."""
+        t, per_epoch, optimizer = self.settings.train, len(self.batches), phase.optimizer
+        total, warmup = phase.epochs * per_epoch, round(phase.warmup_epochs * per_epoch)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if phase.first is not None and resume is None:
-            self._evaluate(phase.first, phase, 0)
-            self.run.save_checkpoint(self.accelerator, phase.name, 0)
+        setback = Setback.read(self.run.path)
         phase.model.train()
         with self._bar(phase.name, total, step) as advance:
             while step < total:
                 epoch, first = divmod(step, per_epoch)
                 for images, labels in self.batches.epoch(epoch, first):
-                    factor = cosine(step, total, warmup)
+                    factor = cosine(step, total, warmup) * (
+                        1.0 if setback is None else setback.factor(phase.name, step)
+                    )
                     for group in optimizer.param_groups:
                         group["lr"] = group["peak_lr"] * factor
                     parts = phase.compute(images, labels, step)
@@ -167,13 +224,44 @@ class Loop:
                         self._evaluate(phase.evaluate, phase, step)
                         phase.model.train()
                     if self._stopping(step):
-                        self.run.save_checkpoint(self.accelerator, phase.name, step)
+                        self._save(phase, step)
                         raise Interrupted(
                             f"stopped after step {step} of the {phase.name} phase, saved; continue with --resume"
                         )
                     if step % t.checkpoint_steps == 0 and step < total:
-                        self.run.save_checkpoint(self.accelerator, phase.name, step)
-        self.run.save_checkpoint(self.accelerator, phase.name, step)
+                        self._save(phase, step)
+        self._save(phase, step)
+
+    def _save(self, phase: Phase, step: int) -> None:
+        """A checkpoint; weights that are not finite are not saved, so that there is a good one to go back to."""
+        weights = {n: p.detach().abs().max() for n, p in phase.model.named_parameters() if p.numel()}
+        self._check_finite(weights, phase.name, step - 1, kind="weight")
+        self.run.save_checkpoint(self.accelerator, phase.name, step, phase.modules)
+
+    def _go_back(self, phase: Phase, error: DivergedError) -> int:
+        """Restores the newest checkpoint of the phase and lowers its learning rates; returns the step. All processes agree.
+
+        Raises:
+            DivergedError: it may not, has done so before, or no checkpoint is left.
+        """
+        checkpoint = self.run.newest_checkpoint()[0]
+        if not self.recover or Setback.read(self.run.path) or checkpoint is None or checkpoint.phase != phase.name:
+            raise DivergedError(
+                f"{error}; training stopped and the last checkpoint is kept: lower the learning rate (train.lr, pretrain.lr) "
+                "or set train.clip_norm."
+            ) from error
+        self.accelerator.wait_for_everyone()  # before the main process writes what the others have looked for
+        if self.accelerator.is_main_process:
+            Setback(phase.name, checkpoint.step, str(error)).write(self.run.path)
+        self.accelerator.wait_for_everyone()
+        phase.optimizer.zero_grad()
+        self.run.load_checkpoint(self.accelerator, checkpoint, phase.modules)
+        self.tracker.rewind(phase.offset + checkpoint.step)
+        self.console.print(
+            f"{error}; back to step {checkpoint.step}, and on with {LOWER_RATE:g} times the learning rates",
+            style="yellow",
+        )
+        return checkpoint.step
 
     def _evaluate(self, evaluate: Evaluate, phase: Phase, step: int) -> None:
         """Logs the chosen few; leaves configs and BN statistics as they were."""
@@ -182,13 +270,14 @@ class Loop:
         with kept_batch_norm(model):
             self.tracker.log(evaluate(model, phase.offset + step), phase.offset + step)
 
-    def _check_finite(self, parts: Mapping[str, Tensor], phase: str, step: int) -> None:
-        for name, value in parts.items():
-            if name != "total" and not bool(torch.isfinite(value)):
-                raise DivergedError(
-                    f"the loss part {name!r} is {float(value)} at step {step + 1} of the {phase} phase; training stopped and "
-                    "the last checkpoint is kept: lower the learning rate (train.lr, pretrain.lr) or set train.clip_norm."
-                )
+    def _check_finite(self, values: Mapping[str, Tensor], phase: str, step: int, kind: str = "loss part") -> None:
+        """Raises DivergedError on all processes if a value is not finite on one of them."""
+        names = [name for name in values if name != "total"]
+        bad = ~torch.isfinite(torch.stack([values[name].float() for name in names]))
+        found = self.accelerator.reduce(bad.float(), reduction="sum").tolist()
+        name = next((n for n, count in zip(names, found, strict=True) if count), None)
+        if name is not None:
+            raise DivergedError(f"the {kind} {name!r} is not finite after {step + 1} steps of the {phase} phase")
 
     def _log(self, phase: Phase, parts: Mapping[str, Tensor], step: int) -> None:
         names, optimizer = list(parts), phase.optimizer

@@ -60,6 +60,7 @@ class Trainer:
         tracker: receives figures.
         console: where progress is shown, on the main process.
         evaluate: called with (bare model, step) every `evaluate_epochs` of the supernet phase; returns figures to log.
+        recover: as in `Loop`.
     """
 
     def __init__(
@@ -70,11 +71,12 @@ class Trainer:
         tracker: Tracker,
         console: Console,
         evaluate: Evaluate,
+        recover: bool = True,
     ) -> None:
         self.run, self.accelerator, self.data = run, accelerator, data
         self.console, self.evaluate = console, evaluate
         self.settings = run.settings
-        self.loop = Loop(run, accelerator, data, tracker, console)
+        self.loop = Loop(run, accelerator, data, tracker, console, recover)
         self._criterion, self._mix = _task_loss(self.settings, data.num_classes, accelerator.num_processes)
 
     @property
@@ -88,7 +90,7 @@ class Trainer:
         """Runs what is left of all phases and returns the trained supernet (its EMA if one is kept).
 
         Raises:
-            DivergedError: the loss is not finite; the last checkpoint is intact.
+            DivergedError: as in `Loop.train`.
             Interrupted: SIGINT or SIGTERM arrived; a checkpoint was written.
         """
         phase = None if resume is None else resume.phase
@@ -209,8 +211,6 @@ class Trainer:
         if t.sync_bn and self.accelerator.num_processes > 1 and self.accelerator.device.type == "cuda":
             wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(supernet)
         prepared, optimizer, *_ = self.accelerator.prepare(wrapped, SupernetAdamW(groups), *extra)
-        if ema is not None:
-            self.accelerator.register_for_checkpointing(ema)
         # training alone is compiled as a whole; evaluation in between runs the same modules uncompiled
         trained: Any = torch.compile(prepared) if t.compile == "network" else prepared
 
