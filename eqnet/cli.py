@@ -1,5 +1,6 @@
 """The command line: `eqnet targets list | show NAME | check NAME SUBNET`, `eqnet export SUBNET --target NAME`,
-`eqnet verify FILE`, `eqnet plan export | import | schema`, `eqnet benchmark latency --target NAME`, `eqnet report RUN`, `eqnet dashboard RUN`; `proxy_commands` has the
+`eqnet verify FILE`, `eqnet plan export | import | schema`, `eqnet benchmark latency --target NAME`, `eqnet report RUN`,
+`eqnet dashboard RUN`, `eqnet doctor`; `proxy_commands` has the
 others of `benchmark`, and `proxies`.
 
 The user's mistakes end in one sentence on standard error and exit code 2.
@@ -285,6 +286,14 @@ def save_dashboard(
         console.print(f"no view was saved: {problem}", markup=False, soft_wrap=True)
     else:
         console.print(f"saved the view {save_view(settings.project)}", markup=False, soft_wrap=True)
+
+
+@app.command("doctor")
+def examine_installation() -> None:
+    """What this machine and installation have and lack: versions, devices, instruction sets, compiler, runtimes, extras."""
+    from eqnet.doctor import show  # imports torch
+
+    show(make_console())
 
 
 @app.command("tune")

@@ -18,6 +18,10 @@ from rich.progress import Progress
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer")  # gloo's words
+MISTAKE, INTERRUPTED = 2, 130  # exit codes
+
+
 class Interrupted(Exception):
     """Work was stopped by a signal; what was done is saved."""
 
@@ -37,7 +41,7 @@ def start_cpu_processes() -> None:
     """Starts the processes that `accelerate launch --cpu --num_processes N` was asked for.
 
     That command runs a single process unless it is given MPI, without a word. Its request is read from the command line of
-    the launcher (Linux), and this process is replaced by torchrun, which starts N of them. Does nothing in any other case.
+    the launcher (Linux), and this process is replaced by `eqnet.launch`, which starts N of them. Does nothing in any other case.
     """
     env = os.environ
     asked = env.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in env  # set for more than one process only
@@ -50,7 +54,7 @@ def start_cpu_processes() -> None:
     for flag, value in zip(words, [*words[1:], ""], strict=True):
         name, _, attached = flag.partition("=")
         if name in ("--num_processes", "--num-processes") and (attached or value).isdigit():
-            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={attached or value}"]
+            torchrun = ["-m", "eqnet.launch", "--standalone", f"--nproc_per_node={attached or value}"]
             os.execv(sys.executable, [sys.executable, *torchrun, "--", *sys.argv])
 
 
@@ -80,7 +84,8 @@ def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[
 def run_command(command: Callable[[], None]) -> None:
     """Runs a command: the user's mistakes (ValueError) become one sentence on stderr and exit code 2.
 
-    So do a full disk and a folder that cannot be written. An interrupted command exits with 130 and says how to continue.
+    So do a full disk and a folder that cannot be written. An interrupted command exits with 130 and says how to continue, one
+    that lost another process of its launch with 1.
     """
     keep_freed_memory()
     try:
@@ -88,14 +93,19 @@ def run_command(command: Callable[[], None]) -> None:
     except ValueError as error:
         if is_main_process():
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(MISTAKE)
+    except RuntimeError as error:
+        if not any(text in str(error) for text in LOST_PEER):
+            raise
+        print("error: another process of this run has ended.", file=sys.stderr)
+        sys.exit(1)
     except OSError as error:
         if error.errno not in STORAGE_ERRORS:
             raise
         where = f" {error.filename}" if error.filename else ""
         print(f"error: cannot write{where}: {error.strerror}; what was finished is kept.", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(MISTAKE)
     except (Interrupted, KeyboardInterrupt) as stop:
         if is_main_process():
             print(f"interrupted: {stop or 'what was finished is kept'}.", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)

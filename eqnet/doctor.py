@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from eqnet.nn.integer import kernels_available
 from eqnet.nn.kernels import choose_kernels
@@ -43,11 +46,24 @@ def examine() -> Iterator[Finding]:
     yield from _devices()
     yield Finding("instruction sets", _instructions())
     exact = "exact: search.integer=auto measures configs with them"
-    yield Finding("integer kernels", exact if kernels_available() else "not exact here, the simulation measures configs")
+    yield Finding(
+        "integer kernels", exact if kernels_available() else "not exact here, the simulation measures configs"
+    )
     yield _compiler()
     yield from _runtimes()
     yield _wandb()
     yield from _extras()
+
+
+def show(console: Console) -> None:
+    """Prints a table of the findings, then what to do."""
+    findings = list(examine())
+    table = Table(show_header=False)
+    for finding in findings:
+        table.add_row(Text(finding.topic), Text(finding.found))
+    console.print(table)
+    for line in [f"{f.topic}: {f.advice}" for f in findings if f.advice] or ["nothing is missing"]:
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _packages() -> Iterator[Finding]:

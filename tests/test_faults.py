@@ -80,7 +80,7 @@ def test_a_second_command_in_a_folder_is_refused_until_the_first_is_dead(call: C
         assert (code, err) == (2, f"error: another command is working on {folder}; wait for its end, or stop it.\n")
         assert [p.name for p in folder.iterdir()] == [LOCK_FILE]
         first.kill()
-    code, out, err = call("train", f"output={folder}", *TINY)
+    code, _, err = call("train", f"output={folder}", *TINY)
     assert (code, err) == (0, "")
     with locked(folder / "checkpoints"), locked(folder):
         (folder / "evaluation.json").unlink()
@@ -208,8 +208,14 @@ class Parabola:
     def __init__(self, folder: Path, rate: float, stop: int | None = None) -> None:
         """`stop` is the step before which the process is interrupted."""
         settings = load_settings(
-            [f"output={folder}", "data.max_images=300", "data.batch_size=16", "train.clip_value=null"]
-            + ["train.checkpoint_steps=5", "train.log_steps=1"]
+            [
+                f"output={folder}",
+                "data.max_images=300",
+                "data.batch_size=16",
+                "train.clip_value=null",
+                "train.checkpoint_steps=5",
+                "train.log_steps=1",
+            ]
         )
         self.run = Run(folder, settings)
         self.accelerator, self.output = Accelerator(cpu=True), Console(record=True, width=200, quiet=False)
