@@ -6,6 +6,7 @@ With `subnet=path/subnet.json` it fine-tunes that one config instead; with `meta
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from eqnet.checkpoint import load_float_weights, read_object, write_json
 from eqnet.command import make_console, progress_bar, run_command, start_cpu_processes
 from eqnet.dashboard import track_training
 from eqnet.data import DataSplits
+from eqnet.estimate import clock, estimate_run, gibibytes, peak_memory
 from eqnet.html_report import report_at_end
 from eqnet.nn.supernet import Supernet
 from eqnet.report import plot_stability, plot_uniform, uniform_table
@@ -42,7 +44,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "settings", nargs="*", help="YAML files and key=value overrides, e.g. train.epochs=2; see docs/settings.md"
     )
-    parser.add_argument("--resume", action="store_true", help="continue the run in output=..., or the latest one")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--resume", action="store_true", help="continue the run in output=..., or the latest one")
+    way.add_argument("--estimate", action="store_true", help="print time and memory of the run and write nothing")
     return parser.parse_intermixed_args()
 
 
@@ -61,6 +65,8 @@ def main() -> None:
             return console.print(f"{run.path} is finished; {next_step(run)}")
     else:
         check_model(settings, data)
+        if arguments.estimate:
+            return console.print(estimate_run(settings, data, accelerator).describe(), soft_wrap=True)
         run = Run.create(settings, accelerator)
     with run.claimed():
         train(run, data, accelerator, console, resume=arguments.resume)
@@ -69,6 +75,7 @@ def main() -> None:
 
 def train(run: Run, data: DataSplits, accelerator: Accelerator, console: Console, *, resume: bool) -> None:
     """Trains what is left of a run, evaluates and saves."""
+    begin = time.monotonic()
     run.store_split(data, accelerator)
     store_subnet(run, accelerator)
     checkpoint, notes = run.newest_checkpoint() if resume else (None, [])
@@ -91,6 +98,7 @@ def train(run: Run, data: DataSplits, accelerator: Accelerator, console: Console
         evaluate(supernet, run, data, accelerator, tracker, console)
     finally:
         tracker.close()
+    console.print(f"used {clock(time.monotonic() - begin)}, peak memory {gibibytes(peak_memory(accelerator))}")
 
 
 def check_model(settings: Settings, data: DataSplits) -> None:

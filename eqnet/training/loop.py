@@ -190,7 +190,6 @@ class Loop:
         """The steps of a phase after `step`."""
         t, per_epoch, optimizer = self.settings.train, len(self.batches), phase.optimizer
         total, warmup = phase.epochs * per_epoch, round(phase.warmup_epochs * per_epoch)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         setback = Setback.read(self.run.path)
         phase.model.train()
         with self._bar(phase.name, total, step) as advance:
@@ -200,13 +199,7 @@ class Loop:
                     factor = cosine(step, total, warmup) * (
                         1.0 if setback is None else setback.factor(phase.name, step)
                     )
-                    for group in optimizer.param_groups:
-                        group["lr"] = group["peak_lr"] * factor
-                    parts = phase.compute(images, labels, step)
-                    if t.clip_value is not None:
-                        self.accelerator.clip_grad_value_(parameters, t.clip_value)
-                    if t.clip_norm is not None:
-                        self.accelerator.clip_grad_norm_(parameters, t.clip_norm)
+                    parts = self.gradients(phase, images, labels, step, factor)
                     check = (step + 1) % t.log_steps == 0 or (step + 1) % t.checkpoint_steps == 0 or step + 1 == total
                     if check:
                         self._check_finite(parts, phase.name, step)
@@ -231,6 +224,18 @@ class Loop:
                     if step % t.checkpoint_steps == 0 and step < total:
                         self._save(phase, step)
         self._save(phase, step)
+
+    def gradients(self, phase: Phase, images: Tensor, labels: Tensor, step: int, factor: float) -> dict[str, Tensor]:
+        """Sets the learning rates of a step to `factor` of their peaks, and its clipped gradients; returns the loss parts."""
+        for group in phase.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        parts = phase.compute(images, labels, step)
+        parameters = [p for group in phase.optimizer.param_groups for p in group["params"]]
+        if self.settings.train.clip_value is not None:
+            self.accelerator.clip_grad_value_(parameters, self.settings.train.clip_value)
+        if self.settings.train.clip_norm is not None:
+            self.accelerator.clip_grad_norm_(parameters, self.settings.train.clip_norm)
+        return parts
 
     def _save(self, phase: Phase, step: int) -> None:
         """A checkpoint; weights that are not finite are not saved, so that there is a good one to go back to."""
