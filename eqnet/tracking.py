@@ -10,6 +10,7 @@ import json
 import netrc
 import os
 import re
+import sys
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ def has_wandb_key() -> bool:
         return False
 
 
+FINISH_SECONDS = 60.0  # at the end of a run that wandb cannot be reached from; what is not sent stays on disk
 FINAL = ("test/", "stability/")  # figures of the end of training, which is to come after a checkpoint
 
 
@@ -57,16 +59,28 @@ class Tracker:
         run_id = id_file.read_text().strip() if id_file.exists() else given
         atomic_write_text(id_file, run_id + "\n")
         mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
-        self._wandb = wandb.init(
-            project=project,
-            id=run_id,
-            name=folder.name,
-            resume="allow" if mode == "online" else None,
-            mode=mode,  # type: ignore[arg-type]
-            dir=str(folder.resolve()),  # its service may run elsewhere
-            config=dict(config),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        options = wandb.Settings(silent=True, console="off")
+        if "WANDB_FINISH_TIMEOUT" not in os.environ:
+            options.finish_timeout = FINISH_SECONDS
+
+        def start(mode: str) -> Any:
+            return wandb.init(
+                project=project,
+                id=run_id,
+                name=folder.name,
+                resume="allow" if mode == "online" else None,
+                mode=mode,  # type: ignore[arg-type]
+                dir=str(folder.resolve()),  # its service may run elsewhere
+                config=dict(config),
+                settings=options,
+            )
+
+        try:
+            self._wandb = start(mode)
+        except wandb.errors.CommError:
+            print("wandb cannot be reached; these figures are kept offline, for `wandb sync`.", file=sys.stderr)
+            wandb.teardown()  # of the attempt, which holds the id
+            self._wandb = start("offline")
         self._wandb.define_metric("optimizer_step", hidden=True)
         self._wandb.define_metric("*", step_metric="optimizer_step")
         for accuracies in ("validation/*", "test/*"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import http.server
 import json
 import os
 import resource
@@ -10,11 +11,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -33,6 +37,7 @@ from eqnet.settings import load_settings
 from eqnet.tracking import Tracker
 from eqnet.training.loop import DivergedError, Loop, Phase
 
+ROOT = Path(__file__).resolve().parent.parent
 Call = Callable[..., tuple[int, str, str]]
 TINY = [
     "tracking=none", "pretrain.epochs=1", "train.epochs=1", "train.evaluate_epochs=0", "train.log_steps=1",
@@ -66,7 +71,7 @@ def test_an_export_that_was_killed_between_its_files_is_done_again(tmp_path: Pat
 
 # -- a second command -------------------------------------------------------------------------------------------------
 
-HOLD = "import sys, filelock; filelock.FileLock(sys.argv[1]).acquire(); print('held', flush=True); sys.stdin.read()"
+HOLD = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); sys.stdin.read()"
 
 
 def test_a_second_command_in_a_folder_is_refused_until_the_first_is_dead(call: Call, tmp_path: Path) -> None:
@@ -278,6 +283,86 @@ def test_a_hopeless_learning_rate_is_one_sentence(call: Call, tmp_path: Path) ->
     assert err.startswith("error: the ")
     assert "lower the learning rate (train.lr, pretrain.lr)" in err
     assert len(err.splitlines()) == 1
+
+
+# -- wandb ------------------------------------------------------------------------------------------------------------
+
+RUN_FACTS = {
+    "id": "aWQ=", "name": "run", "displayName": "run", "description": "", "config": "{}", "sweepName": None,
+    "historyLineCount": 0, "project": {"id": "cA==", "name": "eqnet", "entity": {"id": "ZQ==", "name": "me"}},
+}  # fmt: skip
+ANSWERS = {
+    "upsertBucket": {"upsertBucket": {"bucket": RUN_FACTS, "inserted": True}},
+    "viewer": {"viewer": {"id": "dg==", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}},
+    "serverInfo": {"serverInfo": {"features": [], "cliVersionInfo": {}, "latestLocalVersionInfo": None}},
+}
+
+
+class WandbServer(http.server.BaseHTTPRequestHandler):
+    """As much of a wandb server as a run needs to begin."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        query = json.loads(body)["query"] if self.path == "/graphql" else ""
+        answer = json.dumps({"data": next((a for name, a in ANSWERS.items() if name in query), {})}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@pytest.mark.parametrize("reachable", [True, False], ids=["lost in mid-run", "never there"])
+def test_figures_are_kept_when_wandb_cannot_be_reached(
+    reachable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), WandbServer) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+        monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "2")
+        monkeypatch.setenv("WANDB_INIT_TIMEOUT", "20" if reachable else "2")
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        if reachable:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        else:
+            server.server_close()
+        tracker = Tracker(tmp_path, "wandb", "eqnet", {})
+        tracker.log({"supernet/total": 1.0}, 1)
+        if reachable:
+            server.shutdown()
+            server.server_close()
+        tracker.log({"supernet/total": 0.5}, 2)
+        tracker.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert list(tmp_path.glob("wandb/*run-*/*.wandb")), "nothing is left for `wandb sync`"
+    assert ("wandb cannot be reached" in capfd.readouterr().err) != reachable
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_launch_ends_in_a_sentence_when_one_of_its_processes_dies(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--cpu", "--num_processes", "2"]
+    command = [*launch, str(ROOT / "train.py"), f"output={folder}", *TINY, "train.epochs=1000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while not list(folder.glob("checkpoints/supernet-*2")):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.1)
+        family = psutil.Process(process.pid).children(recursive=True)
+        (second,) = [p for p in family if p.environ().get("LOCAL_RANK") == "1"]
+        second.kill()
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "error: process 1 ended by signal SIGKILL; the others were stopped" in errors
+    assert "Traceback" not in errors
+    assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 # -- clocks -----------------------------------------------------------------------------------------------------------
