@@ -64,7 +64,7 @@ def parse_json(text: str, source: str) -> Any:
     try:
         data = json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source} is truncated or is not a JSON file: {error}.") from error
+        raise ValueError(f"{source} is not a JSON file, or truncated: {error}.") from error
     _check_plain(data, source)
     return data
 

@@ -293,7 +293,7 @@ def test_a_published_pickle_is_ranked(eqnet: Eqnet, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["rank", "none.csv"], "cannot read the benchmark 'none.csv'"),
+        (["rank", "none.csv"], "cannot read the benchmark none.csv"),
         (["build", "--output", "a.txt"], "a table is a .csv file"),
         (["build", "--output", "a.csv", "--run", "nothing"], "not the folder of a run"),
     ],

@@ -135,8 +135,9 @@ def read_latency_table(path: str | Path) -> LatencyTable:
     if path.suffix not in (".json", ".csv"):
         raise ValueError(f"a latency table is a .json or .csv file; got {path}.")
     text = read_text(path, kind="latency table")
+    data = parse_json(text, str(path)) if path.suffix == ".json" else None
     try:
-        return LatencyTable.from_json(parse_json(text, str(path))) if path.suffix == ".json" else _read_csv(text)
+        return _read_csv(text) if path.suffix == ".csv" else LatencyTable.from_json(data)
     except csv.Error as error:
         raise ValueError(f"{path} is not a CSV file: {error}.") from error
     except ValueError as error:

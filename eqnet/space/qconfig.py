@@ -78,7 +78,7 @@ class LayerInfo:
         try:
             layer = LayerInfo(**{**data, "weight_shape": tuple(data["weight_shape"])})
         except (KeyError, TypeError) as error:
-            raise ValueError(f"not the facts of a layer: {error}") from error
+            raise ValueError(f"not the facts of a layer of a space: {error}") from error
         counts = (*layer.weight_shape, layer.macs, layer.act_numel, layer.calls)
         switches = (layer.signed_input, layer.reads_images)
         if (
@@ -88,7 +88,7 @@ class LayerInfo:
             or not all(type(count) is int and 0 <= count < 2**63 for count in counts)
             or not all(isinstance(switch, bool) for switch in switches)
         ):
-            raise ValueError(f"not the facts of a layer: {_short(data)}")
+            raise ValueError(f"not the facts of a layer of a space: {_short(data)}")
         return layer
 
 
