@@ -78,7 +78,7 @@ def train(run: Run, data: DataSplits, accelerator: Accelerator, console: Console
     begin = time.monotonic()
     run.store_split(data, accelerator)
     store_subnet(run, accelerator)
-    checkpoint, notes = run.newest_checkpoint() if resume else (None, [])
+    checkpoint, notes = run.checkpoints.newest() if resume else (None, [])
     for note in notes:
         console.print(note, style="yellow")
     console.print(f"run {run.path}: {run.settings.model.name} on {run.settings.data.name}, {data.num_classes} classes")

@@ -32,7 +32,8 @@ import eqnet.deploy.export
 import eqnet.report
 import eqnet.search
 import eqnet.training.trainer  # noqa: F401
-from eqnet.run import PHASES, Run
+from eqnet.run import Run
+from eqnet.run_checkpoints import PHASES
 from eqnet.scoring.evaluation import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +75,7 @@ def train_progress(folder: Path) -> tuple[int, int]:
     """The newest checkpoint that is whole."""
     if not (folder / RUN / "settings.yaml").exists():
         return -1, 0
-    checkpoint, notes = Run.open(folder / RUN).newest_checkpoint()
+    checkpoint, notes = Run.open(folder / RUN).checkpoints.newest()
     assert not notes, notes
     return (-1, 0) if checkpoint is None else (PHASES.index(checkpoint.phase), checkpoint.step)
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from eqnet.data import DataSplits
 from eqnet.nn.supernet import Supernet
-from eqnet.run import KEPT_CHECKPOINTS, Checkpoint, Run
+from eqnet.run import Run
+from eqnet.run_checkpoints import KEPT_CHECKPOINTS, Checkpoint
 from eqnet.scoring.evaluation import Evaluator, uniform_configs
 from eqnet.settings import Settings
 from eqnet.tracking import Tracker

@@ -3,29 +3,23 @@
     runs/<name>/  settings.yaml  split.json  metrics.jsonl  float.safetensors  supernet.safetensors  supernet.json
                   checkpoints/<phase>-<step>/   evaluation.json|png   table/  predictor.*  search/<budget>/  latency/<target>.json
 
-A checkpoint folder appears by one rename when it is complete, and carries the checksum of each file, so a cut-off or
-damaged one is never taken for a good one. Nothing that exists is overwritten by another run.
+Nothing that exists is overwritten by another run.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import timm
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock
-from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from torch import nn
 
@@ -41,22 +35,12 @@ from eqnet.checkpoint import (
 from eqnet.data import DataSplits, load_data
 from eqnet.lock import LOCK_FILE, claimed, locked, take_lock
 from eqnet.nn.supernet import Supernet
+from eqnet.run_checkpoints import Checkpoints
 from eqnet.settings import ModelSettings, Settings, SpaceSettings, dump_settings, load_settings
 from eqnet.space import LayerInfo, QuantFormat, QuantSpace, Slot
 from eqnet.space.hardware import load_target
 
-PHASES = ("pretrain", "select", "act", "supernet")
-KEPT_CHECKPOINTS = 2
 LATEST = Path("runs") / ".latest"  # holds the name of the run in `runs/` that was started last
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint: the state after `step` optimizer steps of `phase`."""
-
-    phase: str
-    step: int
-    path: Path
 
 
 class Run:
@@ -64,6 +48,7 @@ class Run:
 
     def __init__(self, path: Path, settings: Settings) -> None:
         self.path, self.settings = path, settings
+        self.checkpoints = Checkpoints(path / "checkpoints")
         self._search: FileLock | None = None
 
     # -- finding and making -------------------------------------------------------------------------------------------
@@ -185,91 +170,6 @@ class Run:
             if lock is not None:
                 lock.release()
         raise ValueError(f"{self.path / 'search'} holds ten thousand searches for {budget}; clear it.")
-
-    # -- checkpoints --------------------------------------------------------------------------------------------------
-
-    def save_checkpoint(
-        self, accelerator: Accelerator, phase: str, step: int, modules: Mapping[str, nn.Module] | None = None
-    ) -> None:
-        """Saves everything needed to continue bit for bit; called by all processes.
-
-        Args:
-            accelerator: holds model, optimizer and generators.
-            phase: of the checkpoint's name.
-            step: optimizer steps of the phase.
-            modules: further ones by name, which accelerate would pickle.
-        """
-        folder = self.path / "checkpoints"
-        final = folder / f"{phase}-{step:08d}"
-        if final.exists():
-            return
-        partial = folder / f".{final.name}.partial"
-        if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        try:
-            accelerator.save_state(str(partial), safe_serialization=True)
-            if accelerator.is_main_process:
-                for name, module in (modules or {}).items():
-                    save_tensors(partial / f"{name}.safetensors", module.state_dict())
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # torch and safetensors have their own for a full disk
-            shutil.rmtree(partial, ignore_errors=True)
-            raise ValueError(
-                f"cannot write the checkpoint {final} ({str(error).splitlines()[0]}); the one before it is kept: make room "
-                "and continue with --resume."
-            ) from error
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            sums = {p.name: _sha256(p) for p in sorted(partial.iterdir())}
-            write_json(partial / "state.json", {"phase": phase, "step": step, "sha256": sums})
-            partial.rename(final)
-            for old in self._checkpoints()[KEPT_CHECKPOINTS:]:
-                shutil.rmtree(old.path)
-        accelerator.wait_for_everyone()
-
-    def _checkpoints(self) -> list[Checkpoint]:
-        """Newest first; names only, not verified."""
-        found = []
-        for path in (self.path / "checkpoints").glob("*-*"):
-            phase, _, step = path.name.partition("-")
-            if phase in PHASES and step.isdigit():
-                found.append(Checkpoint(phase, int(step), path))
-        return sorted(found, key=lambda c: (PHASES.index(c.phase), c.step), reverse=True)
-
-    def load_checkpoint(
-        self, accelerator: Accelerator, checkpoint: Checkpoint, modules: Mapping[str, nn.Module] | None = None
-    ) -> None:
-        """Restores what `save_checkpoint` saved; called by all processes. Nothing is unpickled but tensors and plain values.
-
-        Raises:
-            ValueError: the checkpoint belongs to another model or space.
-        """
-        try:
-            accelerator.load_state(str(checkpoint.path))
-            for name, module in (modules or {}).items():
-                module.load_state_dict(load_tensors(checkpoint.path / f"{name}.safetensors"))
-        except (RuntimeError, ValueError, KeyError, UnpicklingError, SafetensorError) as error:
-            raise ValueError(
-                f"{checkpoint.path} belongs to another model or space: {str(error).splitlines()[0]}"
-            ) from error
-
-    def newest_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint whose checksums hold, and a sentence about each damaged one that was passed over."""
-        notes: list[str] = []
-        for checkpoint in self._checkpoints():
-            try:
-                damaged = _damaged(checkpoint.path)
-            except (ValueError, OSError, TypeError):
-                damaged = ["state.json"]
-            if not damaged:
-                return checkpoint, notes
-            notes.append(f"checkpoint {checkpoint.path} is damaged ({', '.join(damaged)}); using an earlier one.")
-        return None, notes
 
     # -- data split ---------------------------------------------------------------------------------------------------
 
@@ -402,22 +302,6 @@ def versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ("eqnet", "torch", "timm", "numpy")}
-
-
-def _damaged(checkpoint: Path) -> list[str]:
-    """Files of a checkpoint whose checksums do not hold, that are missing, or that the list of checksums does not name."""
-    sums = read_object(checkpoint / "state.json", "sha256")["sha256"]
-    found = {path.name for path in checkpoint.iterdir()} - {"state.json"}
-    foreign = set(sums) ^ found  # names in the list that are no plain names are never opened
-    return sorted(foreign | {name for name in found - foreign if _sha256(checkpoint / name) != sums[name]})
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def flatten_settings(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -336,7 +336,7 @@ def _train(folder: Path, settings: Settings, data: DataSplits, console: Console)
     steps = sum(count for name, count in trainer.epochs.items() if name != "pretrain") * len(trainer.loop.batches)
     score: float | None = None
     try:
-        supernet = trainer.fit(run.newest_checkpoint()[0])
+        supernet = trainer.fit(run.checkpoints.newest()[0])
         run.save_supernet(supernet, export_facts(data, folder))
         score = _score(supernet, run, data, accelerator)
     except DivergedError as error:

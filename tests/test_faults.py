@@ -170,13 +170,13 @@ def checkpoints(folder: Path) -> Run:
     model = nn.Linear(4, 4)
     accelerator.prepare(model, torch.optim.Adam(model.parameters()))
     for step in (3, 6):
-        run.save_checkpoint(accelerator, "supernet", step)
+        run.checkpoints.save(accelerator, "supernet", step)
     return run
 
 
 def test_a_damaged_bit_or_a_cut_is_noticed_and_the_checkpoint_before_is_used(tmp_path: Path) -> None:
     run = checkpoints(tmp_path)
-    newest, notes = run.newest_checkpoint()
+    newest, notes = run.checkpoints.newest()
     assert newest is not None
     assert (newest.step, notes) == (6, [])
     names = sorted(p.name for p in newest.path.iterdir())
@@ -193,7 +193,7 @@ def test_a_damaged_bit_or_a_cut_is_noticed_and_the_checkpoint_before_is_used(tmp
             path.write_bytes(changed)
         else:
             path.write_bytes(content[:position])
-        found, notes = run.newest_checkpoint()
+        found, notes = run.checkpoints.newest()
         path.write_bytes(content)
         if path.name == "state.json" and found is not None and found.step == 6:
             return  # a change of its other facts, or of white space
@@ -242,7 +242,7 @@ class Parabola:
 
     def train(self) -> float:
         """Trains from the newest checkpoint, if any; the weight."""
-        self.loop.train(self.phase, self.run.newest_checkpoint()[0])
+        self.loop.train(self.phase, self.run.checkpoints.newest()[0])
         return float(self.model.weight.detach())
 
 
@@ -270,7 +270,7 @@ def test_a_loss_that_diverges_again_stops_training_and_leaves_a_good_checkpoint(
     for _ in range(2):  # a resumed run stops as well
         with pytest.raises(DivergedError, match="training stopped and the last checkpoint is kept: lower the learning"):
             hopeless.train()
-        newest, notes = hopeless.run.newest_checkpoint()
+        newest, notes = hopeless.run.checkpoints.newest()
         assert newest is not None
         assert notes == []
         assert all(torch.isfinite(t).all() for t in load_tensors(newest.path / "model.safetensors").values())
@@ -370,11 +370,11 @@ def test_a_launch_ends_in_a_sentence_when_one_of_its_processes_dies(tmp_path: Pa
 
 def test_checkpoints_are_ordered_by_their_steps_whatever_the_clock_said(tmp_path: Path) -> None:
     run = checkpoints(tmp_path)
-    newest, _ = run.newest_checkpoint()
+    newest, _ = run.checkpoints.newest()
     assert newest is not None
     for path in [newest.path, *newest.path.iterdir()]:
         os.utime(path, (0, 0))
-    assert run.newest_checkpoint()[0] == newest
+    assert run.checkpoints.newest()[0] == newest
 
 
 def test_the_latest_run_is_the_one_started_last_though_the_clock_went_back(

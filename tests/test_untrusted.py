@@ -285,12 +285,12 @@ def checkpoint(tmp_path: Path) -> tuple[Run, Callable[[], None]]:
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9))
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    run.save_checkpoint(accelerator, "supernet", 3, {"ema": average})
+    run.checkpoints.save(accelerator, "supernet", 3, {"ema": average})
 
     def load() -> None:
-        newest, notes = run.newest_checkpoint()
+        newest, notes = run.checkpoints.newest()
         assert newest is not None, notes
-        run.load_checkpoint(accelerator, newest, {"ema": average})
+        run.checkpoints.load(accelerator, newest, {"ema": average})
 
     return run, load
 
@@ -331,7 +331,7 @@ def test_the_checksums_of_a_checkpoint_name_its_files_and_no_others(
     unlisted = {k: v for k, v in whole["sha256"].items() if k != "optimizer.bin"}
     for sums in (unlisted, whole["sha256"] | {"../../../outside": "0" * 64}, {"/dev/zero": "0"}, [], {}, None, 3):
         state.write_text(json.dumps({**whole, "sha256": sums}))
-        newest, (note,) = run.newest_checkpoint()
+        newest, (note,) = run.checkpoints.newest()
         assert newest is None
         assert "is damaged" in note
 

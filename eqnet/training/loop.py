@@ -30,7 +30,8 @@ from eqnet.command import Interrupted
 from eqnet.data import Batches, DataSplits
 from eqnet.nn.kernels import SCALE_EPS
 from eqnet.nn.supernet import Supernet, kept_batch_norm
-from eqnet.run import Checkpoint, Run
+from eqnet.run import Run
+from eqnet.run_checkpoints import Checkpoint
 from eqnet.settings import Settings
 from eqnet.tracking import Tracker
 from eqnet.training.optimizer import cosine
@@ -173,7 +174,7 @@ class Loop:
         """
         step = 0
         if resume is not None:
-            self.run.load_checkpoint(self.accelerator, resume, phase.modules)
+            self.run.checkpoints.load(self.accelerator, resume, phase.modules)
             step = resume.step
         self.tracker.rewind(phase.offset + step)
         if resume is None:
@@ -241,7 +242,7 @@ class Loop:
         """A checkpoint; weights that are not finite are not saved, so that there is a good one to go back to."""
         weights = {n: p.detach().abs().max() for n, p in phase.model.named_parameters() if p.numel()}
         self._check_finite(weights, phase.name, step - 1, kind="weight")
-        self.run.save_checkpoint(self.accelerator, phase.name, step, phase.modules)
+        self.run.checkpoints.save(self.accelerator, phase.name, step, phase.modules)
 
     def _go_back(self, phase: Phase, error: DivergedError) -> int:
         """Restores the newest checkpoint of the phase and lowers its learning rates; returns the step. All processes agree.
@@ -249,7 +250,7 @@ class Loop:
         Raises:
             DivergedError: it may not, has done so before, or no checkpoint is left.
         """
-        checkpoint = self.run.newest_checkpoint()[0]
+        checkpoint = self.run.checkpoints.newest()[0]
         if not self.recover or Setback.read(self.run.path) or checkpoint is None or checkpoint.phase != phase.name:
             raise DivergedError(
                 f"{error}; training stopped and the last checkpoint is kept: lower the learning rate (train.lr, pretrain.lr) "
@@ -260,7 +261,7 @@ class Loop:
             Setback(phase.name, checkpoint.step, str(error)).write(self.run.path)
         self.accelerator.wait_for_everyone()
         phase.optimizer.zero_grad()
-        self.run.load_checkpoint(self.accelerator, checkpoint, phase.modules)
+        self.run.checkpoints.load(self.accelerator, checkpoint, phase.modules)
         self.tracker.rewind(phase.offset + checkpoint.step)
         self.console.print(
             f"{error}; back to step {checkpoint.step}, and on with {LOWER_RATE:g} times the learning rates",

@@ -25,7 +25,8 @@ from eqnet.checkpoint import load_float_weights, read_json, save_tensors, write_
 from eqnet.data import DataSplits, calibration_batches
 from eqnet.nn.kernels import Kernels, choose_kernels, traced_kernels
 from eqnet.nn.supernet import Supernet
-from eqnet.run import Checkpoint, Run, create_float_model, target_spaces, training_space
+from eqnet.run import Run, create_float_model, target_spaces, training_space
+from eqnet.run_checkpoints import Checkpoint
 from eqnet.settings import Settings
 from eqnet.space import QuantConfig, SandwichSampler
 from eqnet.tracking import Tracker
