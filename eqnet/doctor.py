@@ -52,7 +52,7 @@ def examine() -> Iterator[Finding]:
     yield _compiler()
     yield from _runtimes()
     yield _wandb()
-    yield from _extras()
+    yield from extras()
 
 
 def show(console: Console) -> None:
@@ -139,7 +139,7 @@ def _wandb() -> Finding:
     return Finding("wandb", "offline, there is no key", "wandb login")
 
 
-def _extras() -> Iterator[Finding]:
+def extras() -> Iterator[Finding]:
     """Extras of the installation, and the command that completes each that is not complete."""
     for extra in metadata("eqnet").get_all("Provides-Extra") or []:
         needed = [
