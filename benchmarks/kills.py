@@ -28,10 +28,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import eqnet.deploy.export
-import eqnet.report
-import eqnet.search
-import eqnet.training.trainer  # noqa: F401
 from eqnet.run import Run
 from eqnet.run_checkpoints import PHASES
 from eqnet.scoring.evaluation import read_rows
@@ -45,6 +41,11 @@ SETTINGS = [
     "space.bits=[4, 8]", "space.symmetric=[true]", "space.granularity=[tensor]", "pretrain.epochs=3", "train.epochs=4",
     "train.checkpoint_steps=3", "train.log_steps=1", "train.evaluate_epochs=2", "train.calibration_images=32",
     "search.table_size=60", "search.bn_images=32", "search.rounds=1", "search.population=20", "search.generations=10",
+]  # fmt: skip
+IMPORTS = [  # what the jobs import
+    "benchmarks.kills", "eqnet.cli", "eqnet.deploy.graph", "eqnet.deploy.outputs", "eqnet.deploy.subnet", "eqnet.html_report",
+    "eqnet.report", "eqnet.search", "eqnet.search.exact", "eqnet.estimate", "eqnet.training.trainer", "onnxruntime", "onnxscript",
+    "sklearn.datasets", "scipy.stats", "wandb",
 ]  # fmt: skip
 MAX_RUNS = 10  # of a chain for each kill asked for: a job that never gets further is an error
 TIMEOUT = 120  # seconds for a run that nobody kills
@@ -162,7 +163,7 @@ class Killer:
     def __init__(self, name: str, start: Path, folder: Path, rng: np.random.Generator) -> None:
         self.job, self.start, self.folder, self.rng = JOBS[name], start, folder, rng
         self._server = multiprocessing.get_context("forkserver")
-        self._server.set_forkserver_preload(["benchmarks.kills"])
+        self._server.set_forkserver_preload(IMPORTS)
         self.whole = self._new("whole")
         self.run(self.whole, None)  # starts the server
         shutil.rmtree(self.whole)
