@@ -321,6 +321,13 @@ def _train(folder: Path, settings: Settings, data: DataSplits, console: Console)
     settings = _changed(settings, output=str(folder))
     accelerator = make_accelerator(settings)
     run = Run(folder, settings) if begun else Run.create(settings, accelerator)
+    with run.claimed():
+        return _fit(run, data, accelerator, console)
+
+
+def _fit(run: Run, data: DataSplits, accelerator: Accelerator, console: Console) -> tuple[float | None, int]:
+    """`_train` in a folder that no other command works in."""
+    folder, settings = run.path, run.settings
     run.store_split(data, accelerator)
     store_subnet(run, accelerator)
 
