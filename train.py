@@ -19,7 +19,7 @@ from eqnet.checkpoint import load_float_weights, read_object, write_json
 from eqnet.command import make_console, progress_bar, run_command, start_cpu_processes
 from eqnet.dashboard import track_training
 from eqnet.data import DataSplits
-from eqnet.estimate import clock, estimate_run, gibibytes, peak_memory
+from eqnet.estimate import bytes_text, clock, estimate_run, peak_memory
 from eqnet.html_report import report_at_end
 from eqnet.nn.supernet import Supernet
 from eqnet.report import plot_stability, plot_uniform, uniform_table
@@ -98,7 +98,7 @@ def train(run: Run, data: DataSplits, accelerator: Accelerator, console: Console
         evaluate(supernet, run, data, accelerator, tracker, console)
     finally:
         tracker.close()
-    console.print(f"used {clock(time.monotonic() - begin)}, peak memory {gibibytes(peak_memory(accelerator))}")
+    console.print(f"used {clock(time.monotonic() - begin)}, peak memory {bytes_text(peak_memory(accelerator))}")
 
 
 def check_model(settings: Settings, data: DataSplits) -> None:

@@ -184,7 +184,7 @@ class Killer:
         if killed:
             process.kill()
             process.join()
-        if killed == (moment is None) or (not killed and process.exitcode != 0):
+        if (killed and moment is None) or (not killed and process.exitcode != 0):
             raise AssertionError(f"exit code {process.exitcode}: {(folder / 'output.txt').read_text()[-2000:]}")
         return killed
 

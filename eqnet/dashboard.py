@@ -24,7 +24,7 @@ def track_training(tracker: Tracker, run: Run) -> None:
     names = ("settings.yaml", "float.safetensors", "supernet.safetensors", "supernet.json", "evaluation.json")
     facts = {"model": run.settings.model.name, "data": run.settings.data.name, "seed": run.settings.seed}
     tracker.artifact("supernet", "model", [run.path / name for name in names], facts=facts, copy=False)
-    checkpoint, _ = run.newest_checkpoint()
+    checkpoint, _ = run.checkpoints.newest()
     if checkpoint is not None:
         facts = {"phase": checkpoint.phase, "step": checkpoint.step}
         tracker.artifact("checkpoint", "checkpoint", sorted(checkpoint.path.iterdir()), facts=facts, copy=False)

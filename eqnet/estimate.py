@@ -55,7 +55,7 @@ class Estimate:
         ]
         return (
             f"estimated time {clock(sum(self.seconds.values()))}: {', '.join(parts)}\n"
-            f"estimated peak memory {gibibytes(self.memory)} of each process, checkpoints {gibibytes(self.disk)} on disk"
+            f"estimated peak memory {bytes_text(self.memory)} of each process, checkpoints {bytes_text(self.disk)} on disk"
         )
 
 
@@ -148,9 +148,9 @@ def clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def gibibytes(size: float) -> str:
-    """E.g. '0.25 GiB'."""
-    return f"{size / 2**30:.2f} GiB"
+def bytes_text(size: float) -> str:
+    """E.g. '0.25 GiB' or '3.1 MiB'."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

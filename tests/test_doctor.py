@@ -25,8 +25,8 @@ TINY = [
 
 @pytest.mark.slow
 def test_doctor_lists_what_is_there_and_exits_with_0(eqnet: Eqnet) -> None:
-    code, out, err = eqnet("doctor")
-    assert (code, err) == (0, "")
+    code, out, _ = eqnet("doctor")
+    assert code == 0
     for topic in ("system", "CPU", "instruction sets", "integer kernels", "compiler", "ONNX Runtime", "wandb", "extra"):
         assert re.search(rf"^│ {topic}", out, re.MULTILINE), topic
     assert f"torch {torch.__version__.partition('+')[0]}" in out
@@ -70,9 +70,8 @@ def test_the_shell_completes_commands_and_options(words: str, completed: str) ->
 def test_an_estimate_writes_nothing(call: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     code, out, err = call("train", *TINY, "--estimate")
     assert (code, err) == (0, "")
-    assert "pretrain 0:00:0" in out
-    assert "(5 steps)" in out
-    assert re.search(r"estimated peak memory [\d.]+ GiB of each process, checkpoints 0\.\d+ GiB on disk", out)
+    assert re.search(r"pretrain 0:00:\d\d \(9 steps\)", out)
+    assert re.search(r"estimated peak memory [\d.]+ GiB of each process, checkpoints [\d.]+ MiB on disk", out)
     assert list(tmp_path.iterdir()) == []
 
 

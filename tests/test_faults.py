@@ -151,7 +151,9 @@ def read_only() -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def test_a_read_only_folder_is_a_sentence(call: Call) -> None:
+def test_a_read_only_folder_is_a_sentence(call: Call, tmp_path: Path) -> None:
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)  # where the command works
     with read_only() as folder:
         code, _, err = call("train", f"output={folder}/run", *TINY)
     assert code == 2
@@ -222,6 +224,7 @@ class Parabola:
                 "train.log_steps=1",
             ]
         )
+        folder.mkdir(exist_ok=True)
         self.run = Run(folder, settings)
         self.accelerator, self.output = Accelerator(cpu=True), Console(record=True, width=200, quiet=False)
         self.tracker = Tracker(folder, "none", "", {})
