@@ -43,7 +43,7 @@ SETTINGS = [
     "search.table_size=60", "search.bn_images=32", "search.rounds=1", "search.population=20", "search.generations=10",
 ]  # fmt: skip
 IMPORTS = [  # what the jobs import
-    "benchmarks.kills", "eqnet.cli", "eqnet.deploy.graph", "eqnet.deploy.outputs", "eqnet.deploy.subnet", "eqnet.html_report",
+    "eqnet.cli", "eqnet.deploy.graph", "eqnet.deploy.outputs", "eqnet.deploy.subnet", "eqnet.html_report",
     "eqnet.report", "eqnet.search", "eqnet.search.exact", "eqnet.estimate", "eqnet.training.trainer", "onnxruntime", "onnxscript",
     "sklearn.datasets", "scipy.stats", "wandb",
 ]  # fmt: skip
