@@ -23,6 +23,7 @@ def numbers(value: object) -> list[float]:
     return [float(value)] if isinstance(value, (int, float)) else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topic", TOPICS)
 def test_every_topic_runs_on_tiny_nets_and_measures_something(topic, tmp_path):
     command = [sys.executable, "-m", "benchmarks", topic, "--short", "--output", str(tmp_path)]

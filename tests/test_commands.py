@@ -83,6 +83,7 @@ def test_an_extracted_subnet_is_integer(call, run: Path) -> None:
         assert codes.int().max() < 2 ** (bits - 1)
 
 
+@pytest.mark.slow
 def test_the_table_is_sharded_without_loss_or_duplicates(call, run: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):

@@ -292,6 +292,7 @@ def test_bad_settings_are_named() -> None:
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_evolve_on_the_command_line(eqnet: Eqnet, tmp_path: Path) -> None:
     statistics = synthetic()
     planted(statistics, TRACE_TIMES_ERROR, 60).save(tmp_path / "t.csv")

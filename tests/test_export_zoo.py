@@ -151,6 +151,7 @@ def check(case: Case, folder: Path) -> None:
     assert results["simulation_and_reference"]["layer_by_layer"]["share"] < 1e-4  # all at ties, or it were an error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.model)
 def test_the_zoo_runs_on_integers_as_simulated(case: Case, tmp_path: Path) -> None:
     check(case, tmp_path)

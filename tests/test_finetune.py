@@ -176,6 +176,7 @@ def test_two_bits_of_a_float_model_recover(call, source: Path, tmp_path: Path) -
     assert f"after {evaluation['subnet']['validation']:.2f}" in out
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit_without_its_source(source: Path, tuned: Path, tmp_path: Path) -> None:
     shutil.copytree(source, tmp_path / "source")
     folder, subnet = tmp_path / "killed", tmp_path / "source" / "search" / "mine" / "subnet.json"

@@ -372,6 +372,7 @@ def test_figures_of_every_phase_are_logged(finished: Path) -> None:
     assert (finished / "stability.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_every_phase_ends_bit_for_bit_alike(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     command = [sys.executable, str(ROOT / "train.py"), f"output={folder}"]
@@ -470,6 +471,7 @@ torch.save(selection.logits.detach(), f"{sys.argv[1]}/logits-{world}-{rank}.pt")
 """
 
 
+@pytest.mark.slow
 def test_two_processes_search_as_one(tmp_path: Path) -> None:
     script = tmp_path / "logits.py"
     script.write_text(DDP_SCRIPT)

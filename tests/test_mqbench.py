@@ -229,6 +229,7 @@ def test_ridge_bounds_every_sum_over_layers() -> None:
 QUICK = ["search.bn_images=64", "search.score_images=16"]
 
 
+@pytest.mark.slow
 def test_build_and_rank(eqnet: Eqnet, run: Path, tmp_path: Path) -> None:  # noqa: F811
     options = ["--run", run, "--configs", 24, "--bits", "2,3,4", "--act-bits", "8", "--form", "channel-sym-sym"]
     code, out, err = eqnet("benchmark", "build", "--output", "a.csv", *options, *QUICK)

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 
 import onnx
+import pytest
 import timm
 import torch
 
@@ -15,6 +16,7 @@ from eqnet.deploy.runtime import RUNTIMES
 from eqnet.nn.supernet import Supernet
 
 
+@pytest.mark.slow
 def test_every_file_is_the_same_net(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = timm.create_model("cifar_resnet20", width=4).eval()

@@ -217,7 +217,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("number", "after"),
-    [(signal.SIGKILL, "supernet-00000003"), (signal.SIGTERM, "pretrain-00000003")],
+    [
+        (signal.SIGKILL, "supernet-00000003"),
+        pytest.param(signal.SIGTERM, "pretrain-00000003", marks=pytest.mark.slow),
+    ],
     ids=["kill-9", "term"],
 )
 def test_a_killed_run_resumes_bit_for_bit(finished: Path, tmp_path: Path, number: signal.Signals, after: str) -> None:
@@ -246,6 +249,7 @@ def test_a_killed_run_resumes_bit_for_bit(finished: Path, tmp_path: Path, number
         assert (finished / name).read_text() == (folder / name).read_text(), name
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(finished: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -288,6 +292,24 @@ def test_a_finished_run_logs_every_part(finished: Path) -> None:
     assert {f"supernet/{w}" for w in wanted} <= set(last)
     assert last["supernet/lr"] < 1e-4
     assert "test/mean/2bit" in rows[-1]
+
+
+@pytest.mark.slow
+def test_compiled_quantizers_give_the_same_training_curve(finished: Path, tmp_path: Path) -> None:
+    """Until a rounding flips, after sums in another order, losses are equal; another seed is further away by far."""
+
+    def curve(folder: Path, *overrides: str) -> np.ndarray:
+        if not folder.exists():
+            done = train(folder, *TINY, *overrides)
+            assert done.returncode == 0, done.stderr
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return np.array([r["supernet/total"] for r in rows if "supernet/total" in r])
+
+    eager, compiled = curve(finished), curve(tmp_path / "compiled", "train.compile=on")
+    noise = np.abs(curve(tmp_path / "seed", "seed=1") - eager).mean()
+    assert eager.shape == compiled.shape == (12,)
+    assert np.abs(compiled - eager)[:4].max() < 1e-5
+    assert np.abs(compiled - eager).mean() < 0.1 * noise
 
 
 DDP_SCRIPT = """

@@ -164,6 +164,7 @@ def test_the_full_run_is_evaluated_by_resuming_it(call, workplace: Path, tmp_pat
     assert all("test" in row for row in rows)
 
 
+@pytest.mark.slow
 def test_a_killed_tuning_continues_and_ends_alike(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
