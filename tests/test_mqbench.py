@@ -12,6 +12,7 @@ from conftest import Eqnet
 from PIL import Image
 from scipy.stats import kendalltau, pearsonr, spearmanr
 from test_commands import one_sentence, run  # noqa: F401
+from test_training import launch
 
 from eqnet.scoring.mqbench import Benchmark, benchmark_genomes, rank, ridge_scores, search_half
 from eqnet.scoring.mqbench101 import read_mqbench101
@@ -254,6 +255,14 @@ def test_build_and_rank(eqnet: Eqnet, run: Path, tmp_path: Path) -> None:  # noq
     assert code == 0, err
     assert (tmp_path / "b.csv").read_bytes() == (tmp_path / "a.csv").read_bytes()
     assert (tmp_path / "b.rows" / "rows-0.jsonl").read_text().startswith("\n".join(rows[:10]))
+
+    # two processes share the rows and write the same table
+    build = ["-m", "eqnet.cli", "benchmark", "build", "--output", "c.csv", *map(str, options), *QUICK]
+    launch(2, *build, cwd=tmp_path)
+    shares = [len(p.read_text().splitlines()) for p in (tmp_path / "c.rows").glob("rows-*.jsonl")]
+    assert len(shares) == 2
+    assert sum(shares) == 24
+    assert (tmp_path / "c.csv").read_bytes() == (tmp_path / "a.csv").read_bytes()
 
     code, out, err = eqnet("benchmark", "rank", "a.csv", "--picture", "a.png", "--json", "a.json")
     assert code == 0, err

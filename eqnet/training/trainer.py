@@ -213,7 +213,7 @@ class Trainer:
             wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(supernet)
         prepared, optimizer, *_ = self.accelerator.prepare(wrapped, SupernetAdamW(groups), *extra)
         # training alone is compiled as a whole; evaluation in between runs the same modules uncompiled
-        trained: Any = torch.compile(prepared) if t.compile == "network" else prepared
+        trained: Any = torch.compile(prepared, dynamic=False) if t.compile == "network" else prepared
 
         def compute(images: Tensor, labels: Tensor, number: int) -> dict[str, Tensor]:
             images, targets = self._mix(images, labels) if self._mix is not None else (images, labels)
