@@ -30,7 +30,7 @@ def run(short: bool) -> dict[str, Any]:
         chosen = [
             v
             for v in VARIANTS
-            if v in (*FLOORS.values(), "supernet float32, eager") or not short and v.endswith(" compiled")
+            if v in (*FLOORS.values(), "supernet float32, eager") or (not short and v.endswith(" compiled"))
         ]
         memory = {variant: peak_memory(net, variant) for variant in chosen}
         out[net] = {

@@ -150,7 +150,7 @@ def test_what_does_not_run_here_is_refused(supernet: Supernet, tmp_path: Path) -
 def test_progress_of_another_measurement_is_refused(supernet: Supernet, target: HardwareTarget, tmp_path: Path) -> None:
     partial = tmp_path / "table.json.progress.json"
     partial.write_text("{")
-    with pytest.raises(ValueError, match=r"progress\.json' is truncated"):
+    with pytest.raises(ValueError, match=r"progress\.json' is not a JSON file"):
         measure_latency(supernet, target, SIZE, tmp_path / "table.json")
     partial.write_text('{"schema": "x"}')
     with pytest.raises(ValueError, match="not the progress of a latency measurement"):

@@ -217,7 +217,7 @@ def test_a_resumed_run_keeps_its_settings(call, run: Path) -> None:
 def test_a_diverging_run_stops_and_names_the_part(call, tmp_path: Path) -> None:
     code, _, err = call("train", "output=diverged", *TINY, "pretrain.epochs=0", "train.skewness=1e39")
     assert code == 2
-    assert re.search(r"loss part '[\w/]+' is (nan|inf)", one_sentence(err))
+    assert re.search(r"loss part '[\w/]+' is not finite after \d+ steps", one_sentence(err))
     assert (tmp_path / "diverged" / "float.safetensors").exists()
     assert not (tmp_path / "diverged" / "supernet.json").exists()
 

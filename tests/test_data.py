@@ -153,7 +153,7 @@ def test_npz_keeps_its_test_images_and_takes_validation_from_train(tmp_path: Pat
         ({"test_images": random_images(12, 9)}, "one shape"),
         ({"train_labels": np.arange(59) % 3}, "60 integers"),
         ({"train_labels": np.arange(60) / 2}, "60 integers"),
-        ({"train_labels": np.arange(60) % 3 - 1}, "labels from -1"),
+        ({"train_labels": np.arange(60) % 3 - 1}, "train_labels must be numbers from 0"),
         ({"classes": np.array(["ape", "bee"])}, "2 classes and labels from 0 to 2"),
         ({"train_labels": np.zeros(60, int), "test_labels": np.zeros(12, int)}, "2 classes or more"),
         ({"classes": np.array([{"a": 1}], dtype=object)}, "plain arrays"),

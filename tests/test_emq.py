@@ -202,7 +202,7 @@ def test_files(tmp_path: Path) -> None:
         write_json(path, good | changed)
         with pytest.raises(ValueError, match=message):
             find_proxy(f"emq:{path}")
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="No such file"):
         find_proxy(f"emq:{tmp_path / 'none.json'}")
     with pytest.raises(ValueError, match="unknown proxy 'hawk'; the proxies are bit_sum"):
         find_proxy("hawk")
@@ -360,7 +360,7 @@ def test_search_on_any_other_proxy_is_genetic(call, run: Path, tmp_path: Path) -
     [
         ([], "--method emq needs --score, one of bit_sum"),
         (["--score", "hawk"], "unknown proxy 'hawk'"),
-        (["--score", "emq:none.json"], "there is no such file"),
+        (["--score", "emq:none.json"], "cannot read 'none.json'"),
         (["--score", "snip", "--budget", "1.5"], "cannot be met: the smallest reachable is w="),
     ],
 )
