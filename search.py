@@ -201,8 +201,8 @@ def search(job: Job, trained: Evaluator) -> None:
     (winner,) = space.encode_all([found.best.config])
     gap = linearised_gap(lambda genomes: predictor.score(genomes, space), winner, job.bound)
     job.console.print(
-        f"optimality gap of the predictor linearised around the result: {gap.gain:.3g} %"
-        f"{'' if gap.proven else ' or more'}; the predictor itself gives that optimum {gap.found:+.3g} %"
+        f"optimality gap of the predictor linearised around the result: {gap.gain:z.2f} %"
+        f"{'' if gap.proven else ' or more'}; the predictor itself gives that optimum {gap.found:+z.2f} %"
     )
     if job.arguments.pareto:
         front = genetic_front(job, "Pareto front", lambda genomes: predictor.score(genomes, space))
