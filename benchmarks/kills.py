@@ -100,15 +100,18 @@ def table_rows(folder: Path) -> list[tuple[int, float]]:
 
 
 def search_results(folder: Path) -> dict[str, Any]:
-    """The only search of the run, its table, and what is in the predictor."""
-    names = sorted(p.name for p in (folder / RUN / "search").iterdir() if p.is_dir())
-    found = json.loads((folder / SUBNET).read_text()), (folder / SUBNET.with_suffix(".safetensors")).read_bytes()
-    return {"searches": names, "subnet": found, "table": table_rows(folder)}
+    """The subnet of every search of the run (one that was killed after it was saved is done twice), and the table."""
+    searches = [p for p in (folder / RUN / "search").iterdir() if p.is_dir()]
+    documents = {(p / "subnet.json").read_bytes() for p in searches}
+    weights = {(p / "subnet.safetensors").read_bytes() for p in searches}
+    return {"documents": documents, "weights": weights, "table": table_rows(folder)}
 
 
-def export_results(folder: Path) -> tuple[bytes, bytes]:
-    """The exported file and its description."""
-    return (folder / FILE).read_bytes(), (folder / f"{FILE}.json").read_bytes()
+def export_results(folder: Path) -> tuple[bytes, Any]:
+    """The exported file and its description, without the place of the run."""
+    description = json.loads((folder / f"{FILE}.json").read_text())
+    description["source"].pop("run")
+    return (folder / FILE).read_bytes(), description
 
 
 SEARCH = ["search.py", "--run", str(RUN), "--budget", "4"]
