@@ -2,8 +2,9 @@
 
     python -m benchmarks [topic ...] [--short] [--output folder] [--page docs/performance.md]
 
-Prints tables and writes `<topic>.json` into the folder. All topics take about a quarter of an hour on 2 cores; `--short` runs
-everything on tiny nets in about a minute, to see that it works. `--page` fills a page with the tables of the folder.
+Prints tables and writes `<topic>.json` into the folder. All topics take a quarter of an hour to an hour on 2 cores, by their
+instruction sets; `--short` runs everything on tiny nets in minutes, to see that it works. `--page` fills a page with the tables of
+the folder.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@
      "source": {"run", "subnet", "sha256"} | {}, "versions": {...}}
 
 Low and high are codes; `value = (code - zero_point) * scale`. In a layer that turned channels, their codes (and so the sign
-of BN's factor) are negated or complemented. Codes of weights are `2**shift` times the trained ones. The description is written first: an ONNX file always has one, and a description alone is an export that was killed, to be done again.
+of BN's factor) are negated or complemented. Codes of weights are `2**shift` times the trained ones. The description is written
+first: an ONNX file always has one, and a description alone is an export that was killed, to be done again.
 """
 
 from __future__ import annotations
