@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock
 from timm.data import resolve_data_config
@@ -152,8 +152,9 @@ class Run:
             ValueError: another command works on it, or its folder cannot be written.
         """
         with claimed(self.path):
-            for leftover in self.path.glob(".*.tmp"):  # of a write that was killed
-                leftover.unlink(missing_ok=True)
+            if PartialState().is_main_process:  # the only one that writes: another could remove what it is writing now
+                for leftover in self.path.glob(".*.tmp"):  # of a write that was killed
+                    leftover.unlink(missing_ok=True)
             yield
 
     def new_search_folder(self, budget: str, target: str | None, form: str | None) -> Path:
