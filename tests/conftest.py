@@ -1,12 +1,15 @@
 """Fixtures that several test files share."""
 
 import importlib.util
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from commands import TINY, train
+from filelock import FileLock
 from torch import nn
 
 from eqnet import cli
@@ -103,3 +106,22 @@ def eqnet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Captur
         return code or 0, *capsys.readouterr()
 
     return run_it
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """An uninterrupted tiny run, trained once for all workers; nothing writes there."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root if worker_id == "master" else root.parent) / "finished" / "run"
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            done = train(folder, *TINY)
+            assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the finished tiny run."""
+    return shutil.copytree(finished, tmp_path_factory.mktemp("commands") / "run")

@@ -10,28 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import FAST, ROOT, TINY, launch, one_sentence
 from PIL import Image
-from test_training import ROOT, TINY, launch, train
-
-FAST = ["tracking=none", "search.table_size=20", "search.bn_images=64", "search.generations=10", "search.population=20"]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished tiny run."""
-    folder = tmp_path_factory.mktemp("commands") / "run"
-    done = train(folder, *TINY)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-def one_sentence(stderr: str) -> str:
-    """The error; fails if there is more than one line or a traceback."""
-    lines = [line for line in stderr.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1, stderr
-    assert "Traceback" not in stderr
-    return lines[0]
-
 
 # -- the main job -----------------------------------------------------------------------------------------------------
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import one_sentence
 from conftest import Eqnet
 from PIL import Image
 from scipy.stats import spearmanr
-from test_commands import one_sentence, run  # noqa: F401
 from test_exact import QUICK as SEARCH
 
 from eqnet.checkpoint import write_json
@@ -329,7 +329,7 @@ def test_evolve_on_the_command_line(eqnet: Eqnet, tmp_path: Path) -> None:
 # -- search.py --------------------------------------------------------------------------------------------------------
 
 
-def test_search_on_a_sum_over_layers_is_exact(call, run: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_search_on_a_sum_over_layers_is_exact(call, run: Path, tmp_path: Path) -> None:
     proxy = EvolvedProxy(parse(["sum_over_layers", "mul", "mean_w", "abs_w", "G_w", "norm_w", "E_w"]), -1)
     write_json(tmp_path / "mine.json", proxy.to_json())
     arguments = ["--budget", "w=4,a=5", "--method", "emq", "--run", run, "--form", "channel-sym-sym", *SEARCH]
@@ -343,7 +343,7 @@ def test_search_on_a_sum_over_layers_is_exact(call, run: Path, tmp_path: Path) -
     assert (subnet["method"], subnet["additive"]) == ("emq", True)
 
 
-def test_search_on_any_other_proxy_is_genetic(call, run: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_search_on_any_other_proxy_is_genetic(call, run: Path, tmp_path: Path) -> None:
     proxy = EvolvedProxy(parse(["minimum_over_layers", "sub", "b_w", "norm_w", "E_w"]))
     write_json(tmp_path / "mine.json", proxy.to_json())
     arguments = ["--budget", "4", "--method", "emq", "--run", run, "--form", "tensor-sym-sym", *SEARCH]
@@ -364,7 +364,7 @@ def test_search_on_any_other_proxy_is_genetic(call, run: Path, tmp_path: Path) -
         (["--score", "snip", "--budget", "1.5"], "cannot be met: the smallest reachable is w="),
     ],
 )
-def test_mistakes_are_one_sentence(arguments: list[str], message: str, call, run: Path) -> None:  # noqa: F811
+def test_mistakes_are_one_sentence(arguments: list[str], message: str, call, run: Path) -> None:
     budget = [] if "--budget" in arguments else ["--budget", "4"]
     code, _, err = call("search", *budget, "--method", "emq", *arguments, "--run", run)
     assert code == 2

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import FAST, one_sentence
 from PIL import Image
-from test_commands import FAST, one_sentence, run  # noqa: F401
 from test_genetic import make_space
 
 from eqnet.run import Run
@@ -22,7 +22,7 @@ from eqnet.space import Budget, Genomes, QuantFormat
 QUICK = [*FAST, "search.score_images=16"]
 
 
-def test_integer_programming_plans_without_table_or_predictor(call, run: Path) -> None:  # noqa: F811
+def test_integer_programming_plans_without_table_or_predictor(call, run: Path) -> None:
     code, out, err = call("search", "--budget", "w=4,a=5", "--method", "ilp", "--score", "fisher", "--run", run, *QUICK)
     assert code == 0, err
     assert re.search(r"smallest fisher loss within the budget: [0-9.e-]+, proven in", out)
@@ -40,7 +40,7 @@ def test_integer_programming_plans_without_table_or_predictor(call, run: Path) -
     assert len(rows) == sum(len(g.formats) for g in Run.open(run).load_supernet()[0].space.genes)
 
 
-def test_the_genetic_search_prints_its_gap(call, run: Path) -> None:  # noqa: F811
+def test_the_genetic_search_prints_its_gap(call, run: Path) -> None:
     arguments = ["--budget", "4", "--score", "squared_error", "--form", "channel-sym-asym", "--run", run, *QUICK]
     code, out, err = call("search", *arguments, "search.generations=40")
     assert code == 0, err
@@ -51,7 +51,7 @@ def test_the_genetic_search_prints_its_gap(call, run: Path) -> None:  # noqa: F8
 
 
 @pytest.mark.parametrize("method", ["lcpaq", "hawq-v2", "hawq-v3"])
-def test_named_methods(method: str, call, run: Path) -> None:  # noqa: F811
+def test_named_methods(method: str, call, run: Path) -> None:
     code, out, err = call(
         "search", "--budget", "bitops=1G", "--method", method, "--form", "tensor-sym-sym", "--run", run, *QUICK
     )
@@ -73,7 +73,7 @@ def test_named_methods(method: str, call, run: Path) -> None:  # noqa: F811
     assert "exact front:" in out
 
 
-def test_a_budget_limits_the_largest_input(call, run: Path) -> None:  # noqa: F811
+def test_a_budget_limits_the_largest_input(call, run: Path) -> None:
     space = Run.open(run).load_supernet()[0].space
     sizes = {layer.name: layer.act_numel / layer.calls for layer in space.layers}
     limit = max(sizes[name] for name in space.fixed)  # at 8 bits; other layers may have to go lower
@@ -93,7 +93,7 @@ def test_a_budget_limits_the_largest_input(call, run: Path) -> None:  # noqa: F8
 
 
 @pytest.mark.parametrize("budget", ["4", "size=20KiB,bitops=1G"])
-def test_lcpaq_and_hawq_v2_minimise_the_same_loss(budget: str, run: Path) -> None:  # noqa: F811
+def test_lcpaq_and_hawq_v2_minimise_the_same_loss(budget: str, run: Path) -> None:
     space = Run.open(run).load_supernet()[0].space
     rng = np.random.default_rng(0)
     tables = {key: {fmt: rng.random() / fmt.bits for fmt in space.choices(*key)} for key in space.gene_of}
@@ -116,7 +116,7 @@ def test_lcpaq_and_hawq_v2_minimise_the_same_loss(budget: str, run: Path) -> Non
         (["--method", "ilp", "--score", "kl", "search.score_images=0"], "score_images"),
     ],
 )
-def test_mistakes_are_one_sentence(arguments: list[str], message: str, call, run: Path) -> None:  # noqa: F811
+def test_mistakes_are_one_sentence(arguments: list[str], message: str, call, run: Path) -> None:
     before = sorted(run.rglob("*"))
     budget = [] if "--budget" in arguments else ["--budget", "4"]
     code, _, err = call("search", *budget, *arguments, "--run", run)
@@ -147,7 +147,7 @@ def test_the_linearised_gap_of_an_additive_score_is_its_gap(seed: int) -> None:
     assert linearised_gap(score, optimum, budget).gain == pytest.approx(0.0, abs=1e-12)
 
 
-def test_a_search_on_the_predictor_prints_its_linearised_gap(call, run: Path) -> None:  # noqa: F811
+def test_a_search_on_the_predictor_prints_its_linearised_gap(call, run: Path) -> None:
     for budget in ("5", "2"):  # the only config within 2 bits is uniform, and nothing is left to search
         code, out, err = call("search", "--budget", budget, "--form", "tensor-sym-sym", "--run", run, *FAST)
         assert code == 0, err
@@ -166,7 +166,7 @@ def test_every_method_that_has_a_score_names_a_registered_one() -> None:
         choose_method("hawq", None)
 
 
-def test_a_method_needs_its_bit_widths(run: Path) -> None:  # noqa: F811
+def test_a_method_needs_its_bit_widths(run: Path) -> None:
     space = Run.open(run).load_supernet()[0].space
     tables = {
         (layer.name, slot): dict.fromkeys(space.choices(layer.name, slot), 1.0)

@@ -15,9 +15,8 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
+from commands import ROOT, environment, one_sentence, train
 from safetensors.torch import load_file
-from test_commands import one_sentence
-from test_training import ROOT, environment, train
 
 from eqnet.checkpoint import load_tensors
 from eqnet.nn.supernet import Supernet

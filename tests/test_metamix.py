@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from commands import ROOT, environment, launch, one_sentence, train
 from safetensors.torch import load_file
-from test_commands import one_sentence
-from test_training import ROOT, environment, launch, train
 from torch import Tensor, nn
 
 from eqnet.checkpoint import load_tensors

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import launch, one_sentence
 from conftest import Eqnet
 from PIL import Image
 from scipy.stats import kendalltau, pearsonr, spearmanr
-from test_commands import one_sentence, run  # noqa: F401
-from test_training import launch
 
 from eqnet.scoring.mqbench import Benchmark, benchmark_genomes, rank, ridge_scores, search_half
 from eqnet.scoring.mqbench101 import read_mqbench101
@@ -231,7 +230,7 @@ QUICK = ["search.bn_images=64", "search.score_images=16"]
 
 
 @pytest.mark.slow
-def test_build_and_rank(eqnet: Eqnet, run: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_build_and_rank(eqnet: Eqnet, run: Path, tmp_path: Path) -> None:
     options = ["--run", run, "--configs", 24, "--bits", "2,3,4", "--act-bits", "8", "--form", "channel-sym-sym"]
     code, out, err = eqnet("benchmark", "build", "--output", "a.csv", *options, *QUICK)
     assert code == 0, err
@@ -336,7 +335,7 @@ def test_mistakes_in_a_space_are_one_sentence(
     arguments: list[str],
     message: str,
     eqnet: Eqnet,
-    run: Path,  # noqa: F811
+    run: Path,
     tmp_path: Path,
 ) -> None:
     code, _, err = eqnet("benchmark", "build", "--output", "a.csv", "--run", run, *arguments)

@@ -16,9 +16,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from commands import environment
 from scipy.stats import spearmanr
 from sklearn.linear_model import Ridge
-from test_training import environment
 from torch import Tensor, nn
 
 from eqnet.nn.supernet import Supernet

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from commands import FAST, TINY
 from conftest import ROOT, Eqnet
 from PIL import Image
-from test_commands import FAST
-from test_training import TINY
 from wandb.proto.wandb_internal_pb2 import Record
 
 from eqnet.checkpoint import write_json

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from commands import ROOT, TINY, environment, launch, train
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -29,22 +29,6 @@ from eqnet.space.hardware import load_target
 from eqnet.training.losses import weight_distribution_loss
 from eqnet.training.step import regularised_weights, subnet_roles, supernet_step
 from eqnet.training.trainer import step_configs
-
-ROOT = Path(__file__).resolve().parent.parent
-TINY = [
-    "tracking=none",
-    "pretrain.epochs=1",
-    "train.epochs=3",
-    "train.checkpoint_steps=3",
-    "train.evaluate_epochs=1",
-    "train.evaluate_bits=[2]",
-    "train.log_steps=1",
-    "train.calibration_images=64",
-    "data.max_images=300",
-    "data.batch_size=64",
-    "model.arguments={width: 4}",
-    "space.bits=[2, 4, 8]",
-]
 
 
 def make_supernet(norm: bool = False) -> Supernet:
@@ -197,24 +181,6 @@ def test_configs_depend_on_seed_and_step_only() -> None:
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "train.py"), f"output={folder}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=folder.parent)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted tiny run."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    done = train(folder, *TINY)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
 @pytest.mark.parametrize(
     ("number", "after"),
     [
@@ -335,12 +301,6 @@ supernet_step(accelerator, model, supernet, images[mine], labels[mine], configs,
 torch.save({n: p.grad for n, p in supernet.named_parameters()}, f"{sys.argv[1]}/gradients-{world}-{rank}.pt")
 torch.save([c.to_json() for c in configs], f"{sys.argv[1]}/configs-{world}-{rank}.pt")
 """
-
-
-def launch(processes: int, *command: str, cwd: Path) -> None:
-    base = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-    done = subprocess.run([*base, *command], capture_output=True, text=True, env=environment(), cwd=cwd)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:

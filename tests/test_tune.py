@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import ROOT, environment, one_sentence
 from rich.console import Console
 from scipy.stats import spearmanr
-from test_commands import one_sentence
-from test_training import ROOT, environment
 
 from benchmarks.proxy_rank import summary
 from eqnet.run import Run
