@@ -1,6 +1,6 @@
 """What the parts of the evolution of proxies are worth: several seeds with and without each, on one table.
 
-    python benchmarks/emq_ablation.py TABLE.csv [--seeds 5] [--evaluations 1000] [--json FILE]
+    python -m benchmarks.emq_ablation TABLE.csv [--seeds 5] [--evaluations 1000] [--json FILE]
 
 Prints, for each variant, Spearman's correlation of the best proxy on the search half and on the held-out half (mean and standard
 deviation over seeds), the share of evaluations wasted on trees that are invalid or order configs like another, and seconds for
@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from eqnet.checkpoint import write_json
+from benchmarks.tables import save, show
 from eqnet.command import run_command
 from eqnet.proxy_commands import open_benchmark
 from eqnet.scoring.emq import EvolutionSettings, evolve
@@ -58,15 +58,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     figures = measure(arguments.table, arguments.seeds, arguments.evaluations)
-    table = Table("", "search half", "held-out half", "wasted [%]", "seconds")
-    for name, rows in figures.items():
-        rho = [f"{np.mean(rows[half]):.3f} ± {np.std(rows[half]):.3f}" for half in ("search half", "held-out half")]
-        table.add_row(name, *rho, f"{100 * np.mean(rows['wasted']):.1f}", f"{np.mean(rows['seconds']):.0f}")
-    Console(width=110).print(table)
+    rows: dict[str, Any] = {}
+    for name, values in figures.items():
+        row = rows[name] = {}
+        for half in ("search half", "held-out half"):
+            row[f"Spearman, {half}"] = f"{np.mean(values[half]):.3f} ± {np.std(values[half], ddof=1):.3f}"
+        row |= {"wasted %": f"{100 * np.mean(values['wasted']):.1f}", "seconds": f"{np.mean(values['seconds']):.0f}"}
+    show(Console(width=110, highlight=False), "evolution", rows)
     if arguments.json:
-        write_json(
-            arguments.json, {"table": arguments.table.name, "evaluations": arguments.evaluations, "variants": figures}
-        )
+        save(arguments.json, rows, seeds=arguments.seeds, evaluations=arguments.evaluations)
 
 
 if __name__ == "__main__":

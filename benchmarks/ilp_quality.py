@@ -25,8 +25,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from scipy.stats import spearmanr
 
-from benchmarks.tables import show
-from eqnet.checkpoint import write_json
+from benchmarks.tables import save, show
 from eqnet.nn.supernet import Supernet
 from eqnet.run import Run, open_data
 from eqnet.scoring.evaluation import AccuracyTable, Evaluator, build_table, uniform_configs
@@ -165,7 +164,7 @@ def main() -> None:
     rows = {"scores": scores, f"genetic search on {arguments.scores[0]}": gap, "plan of ResNet-18, CPU seconds": plan}
     show(console, f"{run.path.name}, {len(table)} configs", rows)
     if arguments.json is not None:
-        write_json(arguments.json, rows)
+        save(arguments.json, rows, data=run.settings.data.name, model=run.settings.model.name, configs=len(table))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.search_speed import resnet_layers, space_of
-from benchmarks.tables import show
-from eqnet.checkpoint import write_json
+from benchmarks.tables import save, show
 from eqnet.search.ilp import Problem, highs, tabulate
 from eqnet.space import COSTS, CostModel, LayerInfo, QuantFormat, QuantSpace
 
@@ -154,7 +153,7 @@ def main() -> None:
     rows = run(arguments.limit, arguments.seeds)
     show(Console(width=200, highlight=False), "exact search", rows)
     if arguments.json is not None:
-        write_json(arguments.json, rows)
+        save(arguments.json, rows)
 
 
 if __name__ == "__main__":

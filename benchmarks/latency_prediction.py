@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 import eqnet.nn.models  # noqa: F401  registers the CIFAR ResNets
-from eqnet.checkpoint import write_json
+from benchmarks.tables import save
 from eqnet.command import progress_bar
 from eqnet.deploy.latency import count_networks, measure_latency
 from eqnet.nn.supernet import Supernet
@@ -41,11 +41,14 @@ def measure(name: str, size: int, target_name: str, configs: int, rounds: int, c
             supernet.eval(), target, (3, size, size), file, configs=configs, rounds=rounds, progress=advance
         )
     console.print(f"{name}, {size} px, {target_name}: {check.describe()}", soft_wrap=True)
+    slowest, fastest = max(check.measured), min(check.measured)
     return {
-        "facts": dict(table.facts),
-        "overhead_ms": table.overhead_ms,
-        "entries": len(table.entries),
-        **check.to_json(),
+        "entries of the table": len(table.entries),
+        "configs": len(check.measured),
+        "measured, ms": [fastest, slowest],
+        "Spearman": check.spearman,
+        "mean error, %": 100 * check.mean_error,
+        "noise, %": 100 * check.noise,
     }
 
 
@@ -64,7 +67,7 @@ def main() -> None:
         for name in arguments.nets
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.output, rows)
+    save(arguments.output, rows, target=arguments.target, rounds=arguments.rounds)
     console.print(f"written to {arguments.output}")
 
 

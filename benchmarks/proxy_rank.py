@@ -1,6 +1,6 @@
 """How well short runs rank hyper-parameters: every candidate of a tuning is also trained fully.
 
-    python benchmarks/proxy_rank.py [configs/tune/digits.yaml] [--json FILE]
+    python -m benchmarks.proxy_rank [configs/tune/digits.yaml] [--json FILE]
 
 Prints validation accuracies, Spearman's rank correlation between the order of the rungs and that of full training (with a
 bootstrap interval), how far the chosen candidate is from the best and from the unchanged settings, and what it cost. Finished
@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from scipy.stats import spearmanr
 
-from eqnet.checkpoint import write_json
+from benchmarks.tables import save
 from eqnet.command import run_command
 from eqnet.tune import Tuned, TuneSettings, show, tune
 
@@ -64,7 +64,7 @@ def main() -> None:
         text = f"{numbers[0]:.3g}" + (f" (90 % interval {numbers[1]:.2f} to {numbers[2]:.2f})" if numbers[1:] else "")
         console.print(f"{name}: {text}")
     if arguments.json:
-        write_json(arguments.json, figures)
+        save(arguments.json, {"rungs": figures})
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import eqnet.nn.models  # noqa: F401  registers the CIFAR ResNets
-from benchmarks.tables import show
-from benchmarks.timing import interleave, machine, ratio
-from eqnet.checkpoint import load_float_weights, write_json
+from benchmarks.tables import save, show
+from benchmarks.timing import interleave, ratio
+from eqnet.checkpoint import load_float_weights
 from eqnet.data import Batches, bn_batches, calibration_batches, random_subset
 from eqnet.deploy.export import export_onnx
 from eqnet.deploy.runtime import RUNTIMES, sums_are_exact
@@ -182,7 +182,7 @@ def main() -> None:
     show(console, "runtime_speed", rows)
     exact = sums_are_exact(RUNTIMES["onnxruntime"])
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.output, {"machine": machine(), "exact sums": exact, "rows": rows})
+    save(arguments.output, rows, **{"exact sums": exact})
     console.print(f"written to {arguments.output}")
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.tables import show
+from benchmarks.tables import save, show
 from eqnet.checkpoint import read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +85,7 @@ def main() -> None:
     rows["training-based / plan and fine-tuning"] = {unit: search[unit] / tuned[unit] for unit in plan}
     show(Console(width=110, highlight=False), f"budget {budget}", rows)
     if arguments.json is not None:
-        write_json(arguments.json, rows)
+        save(arguments.json, rows)
 
 
 if __name__ == "__main__":

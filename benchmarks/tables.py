@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.timing import machine
+from eqnet.checkpoint import write_json
+
 
 class Figures(NamedTuple):
     """One table: rows by name, each a figure per column."""
@@ -53,12 +56,17 @@ def show(console: Console, title: str, rows: dict[str, Any]) -> None:
         console.print(table)
 
 
+def save(path: Path, rows: dict[str, Any], **facts: Any) -> None:
+    """Writes figures and what they were measured on, with more `facts` about that, as JSON that `fill` puts into a page."""
+    write_json(path, {"machine": machine() | facts, "rows": rows})
+
+
 def markdown(path: Path) -> str:
-    """The tables of one JSON file of a benchmark, the command that wrote it, and what it was measured on."""
+    """The tables of one JSON file of a benchmark, what it was measured on and, where noted, the command that wrote it."""
     data = json.loads(path.read_text())
+    facts = ", ".join(f"{k} {v}" for k, v in data["machine"].items())
     command = data.get("command", f"python -m benchmarks {path.stem}")
-    machine = ", ".join(f"{k} {v}" for k, v in data["machine"].items())
-    parts = [f"`{command}`, {data['seconds']:.0f} s; {machine}."]
+    parts = [f"`{command}`, {data['seconds']:.0f} s; {facts}." if "seconds" in data else f"Measured on {facts}."]
     for found in tables(path.stem, data["rows"]):
         lines = [f"| {found.title} | {' | '.join(found.columns)} |", "|---" * (len(found.columns) + 1) + "|"]
         lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in found.rows.items()]

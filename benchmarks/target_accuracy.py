@@ -1,6 +1,6 @@
 """What the form of a target costs: one supernet, specialized to each built-in target, at uniform 8 and 4 bits.
 
-    python benchmarks/target_accuracy.py RUN [--json FILE]
+    python -m benchmarks.target_accuracy RUN [--json FILE]
 
 For each target the most precise form that it runs, weights at 8 and at 4 bits, activations at the same or the next higher width
 that it runs. Prints validation and test accuracy in percent, specialized and as trained (same config, same BN recalibration):
@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.table import Table
 
-from eqnet.checkpoint import write_json
+from benchmarks.tables import save, show
 from eqnet.nn.specialize import specialize
 from eqnet.run import Run, open_data
 from eqnet.scoring.evaluation import Evaluator, uniform_configs
@@ -28,19 +27,19 @@ SPLITS = ["validation", "test"]
 WIDTHS = (8, 4)
 
 
-def measure(run: Run) -> list[dict[str, Any]]:
-    """One row for each target and width."""
+def measure(run: Run) -> dict[str, Any]:
+    """The figures of each target and width, by name."""
     supernet, _ = run.load_supernet()
     accelerator = Accelerator()
     supernet.to(accelerator.device)
     trained = Evaluator.from_data(supernet, open_data(run), run.settings, torch.device(accelerator.device))
-    rows = []
+    rows: dict[str, Any] = {}
     for name in target_names():
         target = load_target(name)
         try:
             special = specialize(supernet, target)
         except ValueError as error:
-            rows.append({"target": name, "refused": str(error)})
+            rows[name] = {"form": f"refused: {error}"}
             continue
         found = uniform_configs(special.space)
         # channels before tensors, symmetric before asymmetric weights, asymmetric before symmetric activations
@@ -52,10 +51,9 @@ def measure(run: Run) -> list[dict[str, Any]]:
             acts = [
                 layer.act.bits for n, layer in config.items() if layer.act is not None and n not in special.space.fixed
             ]
-            figures = {"form": form.name, "weight_bits": bits, "act_bits": min(acts, default=None)}
-            accuracies = {"specialized": dict(zip(SPLITS, special_row.tolist(), strict=True))}
-            accuracies |= {"trained": dict(zip(SPLITS, row.tolist(), strict=True))}
-            rows.append({"target": name, **figures, **accuracies})
+            figures = rows[f"{name}, {bits}-bit weights, {min(acts)}-bit inputs"] = {"form": form.name}
+            for split, value, was in zip(SPLITS, special_row, row, strict=True):
+                figures |= {f"{split} %": f"{value:.2f}", f"as trained, {split} %": f"{was:.2f}"}
     return rows
 
 
@@ -63,20 +61,12 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--json", type=Path, help="default: target_accuracy.json in the run's folder")
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows = measure(Run.open(arguments.run))
-    table = Table("target", "form", "W/A bits", title="accuracy [%]: specialized (as trained)", title_justify="left")
-    for split in SPLITS:
-        table.add_column(split, justify="right")
-    for row in rows:
-        if "refused" in row:
-            table.add_row(row["target"], row["refused"])
-            continue
-        cells = [f"{row['specialized'][s]:.2f} ({row['trained'][s]:.2f})" for s in SPLITS]
-        table.add_row(row["target"], row["form"], f"{row['weight_bits']}/{row['act_bits']}", *cells)
-    Console(width=130, highlight=False).print(table)
-    write_json(arguments.json or arguments.run / "target_accuracy.json", {"run": arguments.run.name, "rows": rows})
+    show(Console(width=130, highlight=False), "target", rows)
+    if arguments.json:
+        save(arguments.json, rows)
 
 
 if __name__ == "__main__":
