@@ -93,7 +93,8 @@ def track_front(
     Args:
         tracker: of the run.
         front: the front.
-        uniform, chosen: (cost, score) of these configs.
+        uniform: (cost, score) of the uniform configs.
+        chosen: (cost, score) of the result.
         axes: titles of cost and score.
     """
     points = list(zip(front.costs.tolist(), front.scores.tolist(), strict=True))

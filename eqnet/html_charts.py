@@ -51,7 +51,8 @@ def line_chart(title: str, lines: Sequence[Line], x: str, y: str, *, note: str =
     Args:
         title: of the chart.
         lines: in the order of the legend.
-        x, y: titles of the axes, with units.
+        x: title of the axis, with the unit.
+        y: title of the axis, with the unit.
         note: below the chart.
         ordinal: colours in an order, for bit-widths.
     """

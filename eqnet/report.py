@@ -161,7 +161,8 @@ def plot_front(
     """Predicted accuracy against cost: the front, the uniform configs, the chosen one.
 
     Args:
-        front, uniform: (costs, predicted accuracies in percent).
+        front: (costs, predicted accuracies in percent).
+        uniform: the same of the uniform configs.
         chosen: the same of the result.
         cost: names the axis.
         path: of the picture.

@@ -1,0 +1,1 @@
+"""What runs on a device: export, integer reference, runtimes, certificate."""

@@ -70,7 +70,7 @@ class WeightCodes:
         axis: of the output channels.
         container: of a code.
         turned: channels whose codes changed their sign.
-        shift: codes and zero point are 2**shift times those of the subnet, the step size 2**-shift times.
+        shift: codes and zero point are `2**shift` times those of the subnet, the step size `2**-shift` times.
     """
 
     codes: NDArray[np.int8]
@@ -222,7 +222,8 @@ def integer_bias(bias: Floats, weight: WeightCodes, grid: Grid, rule: BiasRule) 
 
     Args:
         bias: float64 [C].
-        weight, grid: the operands, whose step sizes give that of the sums.
+        weight: codes of one operand; its step sizes and those of `grid` give that of the sums.
+        grid: of the other operand.
         rule: dtype and scale; a free scale is that of the sums.
 
     Returns:
@@ -259,7 +260,8 @@ def bias_in_finer_steps(
         bias: float64 [C].
         weight: codes of `bits` bits.
         bits: of a code.
-        grid, rule: as for `integer_bias`.
+        grid: as for `integer_bias`.
+        rule: as for `integer_bias`.
     """
     free = LIMITS[weight.container][1].bit_length() - bits
     for by in range(free if rule.scale != "power_of_two" else 0, 0, -1):

@@ -69,8 +69,9 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     Returns:
         uint8 [ceil(codes * bits / 8)]; the first code in the lowest bits of the first byte.
 
-    >>> pack_codes(torch.tensor([1, 2, 3]), 4)
-    tensor([33,  3], dtype=torch.uint8)
+    Examples:
+        >>> pack_codes(torch.tensor([1, 2, 3]), 4)
+        tensor([33,  3], dtype=torch.uint8)
     """
     planes = np.unpackbits(codes.to(torch.uint8).numpy().reshape(-1, 1), axis=1, bitorder="little")[:, :bits]
     return torch.from_numpy(np.packbits(planes.reshape(-1), bitorder="little"))
@@ -79,8 +80,9 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     """Inverse of `pack_codes`: uint8 [count].
 
-    >>> unpack_codes(torch.tensor([33, 3], dtype=torch.uint8), 4, 3)
-    tensor([1, 2, 3], dtype=torch.uint8)
+    Examples:
+        >>> unpack_codes(torch.tensor([33, 3], dtype=torch.uint8), 4, 3)
+        tensor([1, 2, 3], dtype=torch.uint8)
     """
     planes = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little").reshape(count, bits)
     return torch.from_numpy(np.packbits(planes, axis=1, bitorder="little").reshape(-1))

@@ -145,7 +145,7 @@ class FoldedLayer:
     """A trained layer as a file must hold it, BN folded in: `factor * scale * sums + bias` in each output channel.
 
     Attributes:
-        factor: of the codes of a channel: 2**shift, negative where BN turns them, 0 where it makes the channel constant; [C].
+        factor: of the codes of a channel: `2**shift`, negative where BN turns them, 0 where it makes the channel constant; [C].
         codes: weight codes minus zero point, times the factor, float64 like the weight.
         scale: step sizes of the weight, positive float64 [C].
         bias: float64, one for each output channel; None for none.
@@ -164,7 +164,7 @@ def folded_layer(layer: Any, norm: Any, name: str, shift: int) -> FoldedLayer:
         layer: quantized, with its trained codes.
         norm: the BN, None for none.
         name: of the layer, for errors.
-        shift: codes of the file are 2**shift times the trained ones.
+        shift: codes of the file are `2**shift` times the trained ones.
 
     Raises:
         ValueError: BN has a factor for each output channel of a layer whose groups share step sizes.

@@ -301,9 +301,10 @@ def choose_qparams(x: Tensor | Histogram, bits: Tensor, symmetric: Tensor, signe
 
     Source: EQ-Net section 3.2 and its released calibration (see header for what differs).
 
-    >>> scale, _ = choose_qparams(torch.linspace(-1, 1, 101)[None], torch.tensor([8]), torch.tensor([True]), True)
-    >>> round(2 / scale.item())
-    255
+    Examples:
+        >>> scale, _ = choose_qparams(torch.linspace(-1, 1, 101)[None], torch.tensor([8]), torch.tensor([True]), True)
+        >>> round(2 / scale.item())
+        255
     """
     bits, symmetric = bits.cpu(), symmetric.cpu()
     if isinstance(x, Histogram):

@@ -32,8 +32,9 @@ from eqnet.nn.kernels import (
 def code_range(bits: int, signed: bool) -> tuple[int, int]:
     """Smallest and largest code of a bit-width.
 
-    >>> code_range(4, True), code_range(4, False)
-    ((-8, 7), (0, 15))
+    Examples:
+        >>> code_range(4, True), code_range(4, False)
+        ((-8, 7), (0, 15))
     """
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
@@ -89,7 +90,8 @@ def fake_quantize_active(
 
     Args:
         x: any shape, float.
-        scale, offset: tables [S] and [A].
+        scale: table [S].
+        offset: table [A].
         formats: what the rows mean, and which one is active.
         axis: axis of the channels, None for one channel.
         numel: number of values N in LSQ's gradient scale g = 1 / sqrt(qmax * N).
@@ -112,15 +114,17 @@ def fake_quantize(
         x: any shape, float.
         scale: step size, 0-d or broadcastable to `x` along one axis, e.g. `[C, 1, 1, 1]`.
         offset: real offset beta, same shape as `scale`; zeros for symmetric formats.
-        qmin, qmax: smallest and largest code, one float each.
+        qmin: smallest code, one float.
+        qmax: largest code, one float.
         grad_scale: factor g on the gradients of `scale` and `offset`, one positive float; None means 1.
 
     Returns:
         As `fake_quantize_active`.
 
-    >>> one = torch.ones(())
-    >>> fake_quantize(torch.tensor([-9.0, -0.4, 0.6, 9.0]), one, 0 * one, -2 * one, one)
-    tensor([-2., -0.,  1.,  1.])
+    Examples:
+        >>> one = torch.ones(())
+        >>> fake_quantize(torch.tensor([-9.0, -0.4, 0.6, 9.0]), one, 0 * one, -2 * one, one)
+        tensor([-2., -0.,  1.,  1.])
     """
     axis = next((x.ndim - scale.ndim + d for d, size in enumerate(scale.shape) if size > 1), None)
     index = torch.arange(scale.numel(), device=scale.device)[None]

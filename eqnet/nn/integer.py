@@ -53,8 +53,9 @@ def input_grid(quantizer: ElasticQuantizer) -> InputGrid:
 def quantize_codes(x: Tensor, grid: InputGrid) -> Tensor:
     """uint8 codes of a float tensor of any shape; `(codes - grid.zero) * grid.scale` is the fake-quantized tensor.
 
-    >>> quantize_codes(torch.tensor([-1.0, 0.0, 0.6, 9.0]), InputGrid(scale=0.5, zero=1, low=-1, high=2))
-    tensor([0, 1, 2, 3], dtype=torch.uint8)
+    Examples:
+        >>> quantize_codes(torch.tensor([-1.0, 0.0, 0.6, 9.0]), InputGrid(scale=0.5, zero=1, low=-1, high=2))
+        tensor([0, 1, 2, 3], dtype=torch.uint8)
     """
     r = torch.div(x.float(), grid.scale).clamp_(grid.low, grid.high).round_()
     if grid.high + grid.zero > 127:  # float to int8 is vectorised in torch, float to uint8 is not (5 times slower)

@@ -1,0 +1,1 @@
+"""How good a config is: measured, predicted, or estimated without training."""

@@ -282,8 +282,9 @@ def fold(tree: gp.PrimitiveTree, terminal: Callable[[str], Any], node: Callable[
 def infix(tree: gp.PrimitiveTree) -> str:
     """The formula for people.
 
-    >>> infix(parse(["sum_over_layers", "mul", "b_w", "mean_w", "abs_w", "W"]))
-    'sum_l (b_w * mean(|W|))'
+    Examples:
+        >>> infix(parse(["sum_over_layers", "mul", "b_w", "mean_w", "abs_w", "W"]))
+        'sum_l (b_w * mean(|W|))'
     """
     return str(fold(tree, str, lambda name, arguments: OPERATIONS[name].infix.format(*arguments)))
 
@@ -291,8 +292,9 @@ def infix(tree: gp.PrimitiveTree) -> str:
 def latex(tree: gp.PrimitiveTree) -> str:
     r"""The formula in LaTeX.
 
-    >>> latex(parse(["sum_over_layers", "mul", "b_w", "mean_w", "abs_w", "W"]))
-    '\\sum_l b_w \\cdot \\mathrm{mean}\\left(\\left|W\\right|\\right)'
+    Examples:
+        >>> latex(parse(["sum_over_layers", "mul", "b_w", "mean_w", "abs_w", "W"]))
+        '\\sum_l b_w \\cdot \\mathrm{mean}\\left(\\left|W\\right|\\right)'
     """
     terms = fold(tree, lambda name: INPUTS[name].latex, lambda name, parts: OPERATIONS[name].latex.format(*parts))
     return str(terms)

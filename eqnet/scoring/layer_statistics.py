@@ -128,8 +128,9 @@ class LayerStatistics:
 def padded(rows: Sequence[Sequence[float]]) -> Floats:
     """Rows of unequal length as [L, F]; the last entry of a row is repeated, an empty row is zero.
 
-    >>> padded([[1, 2, 3], [4], []]).tolist()
-    [[1.0, 2.0, 3.0], [4.0, 4.0, 4.0], [0.0, 0.0, 0.0]]
+    Examples:
+        >>> padded([[1, 2, 3], [4], []]).tolist()
+        [[1.0, 2.0, 3.0], [4.0, 4.0, 4.0], [0.0, 0.0, 0.0]]
     """
     width = max(1, *(len(row) for row in rows))
     return np.array([[*row, *[row[-1] if row else 0] * (width - len(row))] for row in rows], float)
@@ -376,9 +377,10 @@ def _describe_outputs(space: QuantSpace, outputs: Mapping[str, Tensor], numbers:
 def linear_cka(x: Floats, y: Floats) -> float:
     """Linear centred kernel alignment of features [N, P] and [N, R] of the same N inputs: the ORM of OMPQ, 0 to 1.
 
-    >>> x = np.array([[1.0, 2.0], [3.0, 1.0], [0.0, 5.0]])
-    >>> round(linear_cka(x, x), 12), round(linear_cka(x, 7 * x[:, ::-1] + 1), 12)
-    (1.0, 1.0)
+    Examples:
+        >>> x = np.array([[1.0, 2.0], [3.0, 1.0], [0.0, 5.0]])
+        >>> round(linear_cka(x, x), 12), round(linear_cka(x, 7 * x[:, ::-1] + 1), 12)
+        (1.0, 1.0)
     """
     grams = []
     for features in (x, y):

@@ -78,8 +78,9 @@ def read_mqbench101(path: Path, layers: Sequence[str], act_bits: int = 8, seed: 
 def parse_bits(value: Any) -> tuple[int, ...]:
     """A bit vector from a list, a tuple or the text of one.
 
-    >>> parse_bits("[4, 3, 2]") == parse_bits((4, 3, 2)) == parse_bits([4, 3, 2])
-    True
+    Examples:
+        >>> parse_bits("[4, 3, 2]") == parse_bits((4, 3, 2)) == parse_bits([4, 3, 2])
+        True
     """
     found = parse_json(value, "the text") if isinstance(value, str) else value
     if not isinstance(found, list | tuple) or not all(type(b) is int for b in found):

@@ -56,8 +56,9 @@ class HeldOut(NamedTuple):
 def rank_metrics(predicted: ArrayLike, measured: ArrayLike) -> dict[str, float]:
     """How well predictions order and match measurements.
 
-    >>> {name: round(value, 2) for name, value in rank_metrics([60, 61, 63], [60, 62, 63]).items()}
-    {'kendall': 1.0, 'spearman': 1.0, 'pearson': 0.93, 'rmse': 0.58}
+    Examples:
+        >>> {name: round(value, 2) for name, value in rank_metrics([60, 61, 63], [60, 62, 63]).items()}
+        {'kendall': 1.0, 'spearman': 1.0, 'pearson': 0.93, 'rmse': 0.58}
 
     Args:
         predicted: numbers [N].
@@ -256,7 +257,9 @@ def fitted_predictor(
 
     Args:
         space: the training space.
-        genomes, accuracy, seed: as for `AccuracyPredictor.fit`.
+        genomes: as for `AccuracyPredictor.fit`.
+        accuracy: as for `AccuracyPredictor.fit`.
+        seed: as for `AccuracyPredictor.fit`.
         path: where `save` may have put one; a file that is missing, damaged or of another table means fitting. Nothing is
             written.
 

@@ -191,8 +191,9 @@ def _qe(statistics: LayerStatistics) -> Floats:
 def rounded_deviation(bits: int) -> float:
     """Standard deviation of a standard normal variable rounded to whole numbers and clamped to +-2^(bits - 1).
 
-    >>> round(rounded_deviation(2), 4), round(rounded_deviation(8) ** 2, 4)
-    (1.0089, 1.0833)
+    Examples:
+        >>> round(rounded_deviation(2), 4), round(rounded_deviation(8) ** 2, 4)
+        (1.0089, 1.0833)
     """
     top = 2 ** (bits - 1)
 

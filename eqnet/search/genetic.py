@@ -212,8 +212,9 @@ def pareto_search(
 def front(genomes: Genomes, scores: ArrayLike, costs: ArrayLike) -> ParetoFront:
     """The configs that no other one beats: exact, in O(N log N). Of equal ones the first is kept.
 
-    >>> front(np.array([[0], [1], [2]], np.int16), [70.0, 69.0, 60.0], [3.0, 3.0, 2.0]).scores.tolist()
-    [60.0, 70.0]
+    Examples:
+        >>> front(np.array([[0], [1], [2]], np.int16), [70.0, 69.0, 60.0], [3.0, 3.0, 2.0]).scores.tolist()
+        [60.0, 70.0]
 
     Args:
         genomes: [N, G].

@@ -61,8 +61,9 @@ def reachable_text(name: str, value: float) -> str:
 class Budget:
     """Upper limits on costs, without a space yet.
 
-    >>> str(Budget.parse("4, size = 184320 B"))
-    'w=4,a=4,size=180KiB'
+    Examples:
+        >>> str(Budget.parse("4, size = 184320 B"))
+        'w=4,a=4,size=180KiB'
 
     Attributes:
         limits: (name, value) pairs ordered as w, a (bits), size (bytes), bitops, latency (ms), max_act (bytes).

@@ -191,9 +191,10 @@ class LayerConfig:
 class QuantConfig(Mapping[str, LayerConfig]):
     """A mixed-precision assignment: layer name -> `LayerConfig`. Immutable and hashable; order does not matter.
 
-    >>> c = QuantConfig({"fc": LayerConfig(QuantFormat(4), QuantFormat(8))})
-    >>> c["fc"].weight.bits, QuantConfig.from_json(c.to_json()) == c
-    (4, True)
+    Examples:
+        >>> c = QuantConfig({"fc": LayerConfig(QuantFormat(4), QuantFormat(8))})
+        >>> c["fc"].weight.bits, QuantConfig.from_json(c.to_json()) == c
+        (4, True)
     """
 
     __slots__ = ("_hash", "_layers")

@@ -48,8 +48,9 @@ class _Moments(torch.autograd.Function):
 def skewness(w: Tensor) -> Tensor:
     """Skewness of all elements together, `E[((w - mean) / std)^3]` (EQ-Net eq. 4).
 
-    >>> skewness(torch.tensor([0.0, 0.0, 0.0, 4.0]))
-    tensor(1.1547)
+    Examples:
+        >>> skewness(torch.tensor([0.0, 0.0, 0.0, 4.0]))
+        tensor(1.1547)
 
     Args:
         w: any shape, at least one element, floating point.
@@ -63,8 +64,9 @@ def skewness(w: Tensor) -> Tensor:
 def kurtosis(w: Tensor) -> Tensor:
     """Kurtosis of all elements together, `E[((w - mean) / std)^4]` (EQ-Net eq. 5); 1.8 uniform, 3 Gaussian, 6 Laplace.
 
-    >>> kurtosis(torch.tensor([-1.0, 1.0]))
-    tensor(1.)
+    Examples:
+        >>> kurtosis(torch.tensor([-1.0, 1.0]))
+        tensor(1.)
 
     Args:
         w: any shape, at least one element, floating point.
@@ -114,9 +116,10 @@ def guidance_loss(
 
     The gradient of the divergence falls as 1 / temperature^2, which the factor temperature^2 in the total undoes.
 
-    >>> logits = torch.tensor([[2.0, 0.0]])
-    >>> guidance_loss(logits, logits, torch.tensor(3.0))["total"]
-    tensor(1.5000)
+    Examples:
+        >>> logits = torch.tensor([[2.0, 0.0]])
+        >>> guidance_loss(logits, logits, torch.tensor(3.0))["total"]
+        tensor(1.5000)
 
     Args:
         student_logits: `[N, K]`.

@@ -210,7 +210,7 @@ class _Selected(torch.autograd.Function):
 
 @contextmanager
 def selected_by(supernet: Supernet, choice: Tensor) -> Iterator[None]:
-    """Inside, outputs depend on the choice [G, F] of the active config: its gradient is <u, Q_b(x)> for every format b."""
+    """Inside, outputs depend on the choice [G, F] of the active config: its gradient is `<u, Q_b(x)>` for every format b."""
 
     def hook(row: Tensor) -> Any:
         def select(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:

@@ -114,8 +114,9 @@ def parameter_groups(
 def cosine(step: int, total: int, warmup: int = 0) -> float:
     """Factor on the peak learning rate before optimizer step `step` of `total`: linear warm-up, then cosine to ~0.
 
-    >>> [round(cosine(s, 4), 3) for s in (0, 2, 4)]
-    [1.0, 0.5, 0.0]
+    Examples:
+        >>> [round(cosine(s, 4), 3) for s in (0, 2, 4)]
+        [1.0, 0.5, 0.0]
     """
     if step < warmup:
         return (step + 1) / warmup

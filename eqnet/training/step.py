@@ -31,8 +31,9 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 def subnet_roles(num_configs: int) -> list[str]:
     """Names of the subnets of a step in order.
 
-    >>> subnet_roles(3)
-    ['largest', 'random_1', 'smallest']
+    Examples:
+        >>> subnet_roles(3)
+        ['largest', 'random_1', 'smallest']
     """
     if num_configs == 1:
         return ["largest"]
