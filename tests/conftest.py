@@ -3,13 +3,14 @@
 import importlib.util
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from commands import TINY, train
 from filelock import FileLock
+from playwright.sync_api import Browser, sync_playwright
 from torch import nn
 
 from eqnet import cli
@@ -17,6 +18,10 @@ from eqnet.command import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 Eqnet = Callable[..., tuple[int, str, str]]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync"]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no browser is installed (apt-get install chromium)")
 
 torch.set_num_threads(1)
 
@@ -25,6 +30,15 @@ torch.set_num_threads(1)
 def _seeded() -> None:
     """Models start from the same random weights whichever tests ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless browser with a fresh profile."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

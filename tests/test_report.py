@@ -6,15 +6,14 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import Eqnet
-from playwright.sync_api import Browser, Page, sync_playwright
+from conftest import Eqnet, needs_browser
+from playwright.sync_api import Browser, Page
 
 from eqnet.checkpoint import load_tensors, save_tensors, write_json
 from eqnet.html_report import vega_bundle, write_report
@@ -28,10 +27,6 @@ from eqnet.space.sampling import MeanBitsSampler
 from eqnet.subnet import describe_subnet
 from eqnet.training.losses import kurtosis
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync"]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no browser is installed (apt-get install chromium)")
 EVIL = "</script><script>document.title='evil'</script><img src=x onerror=\"document.title='evil'\">"
 DRAWN = "html[data-state=drawn]"
 MARKS = "path, line, text, rect"
@@ -98,15 +93,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def report(run: Path) -> Path:
     """Its report."""
     return write_report([run])
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """A headless browser with a fresh profile."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 def open_page(browser: Browser, path: Path, width: int = 1280, scheme: Any = "light") -> tuple[Page, list[str]]:
