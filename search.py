@@ -69,7 +69,7 @@ class Job:
         return self.bound.costs[0] if len(self.bound.costs) == 1 else self.scope.costs["bitops"](self.scope.space)
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     job = parser.add_mutually_exclusive_group(required=True)
@@ -94,12 +94,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--pareto", action="store_true", help="also the front between predicted accuracy and cost")
     parser.add_argument("settings", nargs="*", help="YAML files and key=value overrides of search.*, seed or tracking")
-    return parser.parse_intermixed_args()
+    return parser
 
 
 def main() -> None:
     """Table, predictor, search, re-ranking, result; builds what is missing."""
-    arguments = parse_arguments()
+    arguments = make_parser().parse_intermixed_args()
     budget = None if arguments.budget is None else Budget.parse(arguments.budget)
     proxy = choose_proxy(arguments.score) if arguments.method == "emq" else None
     plain = arguments.method in ("emq", "metamix") or (arguments.method == "genetic" and arguments.score is None)

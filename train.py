@@ -38,7 +38,7 @@ from eqnet.training.trainer import Trainer, export_facts
 SPLITS = ["validation", "test"]
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -47,12 +47,12 @@ def parse_arguments() -> argparse.Namespace:
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--resume", action="store_true", help="continue the run in output=..., or the latest one")
     way.add_argument("--estimate", action="store_true", help="print time and memory of the run and write nothing")
-    return parser.parse_intermixed_args()
+    return parser
 
 
 def main() -> None:
     """Opens or makes the run, trains what is left of it, evaluates and saves."""
-    arguments = parse_arguments()
+    arguments = make_parser().parse_intermixed_args()
     settings = load_settings(arguments.settings) if arguments.resume else complete_settings(arguments.settings)
     run = Run.resume(arguments.settings, settings.output) if arguments.resume else Run.unsaved(settings)
     start_cpu_processes()

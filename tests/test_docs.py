@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+import typer.main
 from accelerate.commands.launch import launch_command_parser
 from pydantic import BaseModel
 
+from eqnet import cli
 from eqnet.checkpoint import save_tensors, write_json
 from eqnet.nn.supernet import Supernet
 from eqnet.run import Run, create_float_model
@@ -99,6 +101,11 @@ def test_relative_links_lead_to_files_and_headings(page: str) -> None:
             assert anchor in anchors, f"{page} links to {target}, but {path.name} has no such heading"
 
 
+def test_the_site_lists_every_page() -> None:
+    listed = set(re.findall(r"^ +- (\w+\.md)$", text_of("mkdocs.yml"), re.MULTILINE))
+    assert listed == {Path(page).name for page in PAGES} - {"README.md"} | {"index.md"}
+
+
 # -- settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -137,15 +144,28 @@ def test_commands_are_understood(page: str, monkeypatch: pytest.MonkeyPatch) -> 
             continue
         monkeypatch.setattr(sys, "argv", words[1:])
         module = script(words[1].removesuffix(".py"))
-        arguments = module.parse_arguments()
+        arguments = module.make_parser().parse_intermixed_args()
         load_settings(arguments.settings)
         if words[1] == "search.py":
             module.search_settings(Settings(), arguments.settings)
             assert arguments.subnet or Budget.parse(arguments.budget)
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_eqnet_commands_are_understood(page: str) -> None:
+    for words in commands(page):
+        if words[0] != "eqnet" or words[1].startswith("--"):
+            continue
+        command: Any = typer.main.get_command(cli.app)
+        depth = 1
+        while hasattr(command, "commands"):
+            command, depth = command.commands[words[depth]], depth + 1
+        command.make_context(" ".join(words[:depth]), words[depth:])  # raises for what it does not know
+
+
 def test_there_are_commands_to_check() -> None:
     joined = [" ".join(words) for page in PAGES for words in commands(page)]
+    assert sum(words.startswith("eqnet ") for words in joined) >= 20
     assert sum("train.py" in words for words in joined) >= 8
     assert sum("search.py" in words for words in joined) >= 6
 
