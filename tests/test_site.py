@@ -45,6 +45,12 @@ class Elements(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
+@functools.cache
+def elements(path: Path) -> list[tuple[str, dict[str, str | None]]]:
+    """All elements of a page; the largest have more than 1 MB."""
+    return Elements(path).found
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built site; a warning fails the build."""
@@ -72,7 +78,7 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
         for url in re.findall(r"(?:url\(|@import)\s*[\"']?([^\"')]+)", path.read_text())
     ]
     for path in site.rglob("*.html"):
-        for tag, attributes in Elements(path).found:
+        for tag, attributes in elements(path):
             addresses += [attributes.get("src") or "", attributes.get("srcset") or ""]
             addresses += [attributes.get("href") or ""] if tag == "link" else []
     assert sum(".js" in url for url in addresses) >= 20
@@ -81,9 +87,7 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
 
 def test_every_page_is_in_the_navigation(site: Path) -> None:
     pages = {str(path.relative_to(site)) for path in site.rglob("*.html")} - {"404.html"}
-    shown = {
-        a.get("href") for tag, a in Elements(site / "index.html").found if "md-nav__link" in (a.get("class") or "")
-    }
+    shown = {a.get("href") for tag, a in elements(site / "index.html") if "md-nav__link" in (a.get("class") or "")}
     assert pages - shown == set()
     assert {f"{path.stem}.html" for path in (ROOT / "docs").glob("*.md")} < pages
 
@@ -91,7 +95,7 @@ def test_every_page_is_in_the_navigation(site: Path) -> None:
 @pytest.mark.parametrize("module", [name for name in MODULES if name not in COMMANDS])
 def test_every_public_name_is_in_the_reference(site: Path, module: str) -> None:
     chapter = module.split(".")[1] if module.count(".") > 1 else "support"
-    shown = {a.get("id") for _, a in Elements(site / "api" / f"{chapter}.html").found}
+    shown = {a.get("id") for _, a in elements(site / "api" / f"{chapter}.html")}
     definitions = (ast.FunctionDef, ast.ClassDef)
     body = ast.parse(MODULES[module].read_text()).body
     names = [node.name for node in body if isinstance(node, definitions) and not node.name.startswith("_")]

@@ -111,6 +111,7 @@ def only_consumer(value: ir.Value) -> ir.Node | None:
 def new_node(
     op_type: str, inputs: Sequence[ir.Value | None], name: str, like: ir.Value, dtype: Any, **attrs: Any
 ) -> ir.Node:
+    """A node with one output, in the shape of another value."""
     output = ir.Value(name=f"{name}/value", shape=like.shape, type=ir.TensorType(dtype))
     return ir.node(op_type, list(inputs), attributes=attrs or None, outputs=[output], name=name)
 
