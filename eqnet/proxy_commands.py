@@ -223,7 +223,7 @@ def rank_table(
         cells = [str(by_top[100][metric]) for metric in ("spearman", "kendall", "pearson")]
         cells += [f"{by_top[top]['spearman'].value:+.3f}" for top in (50, 20)]
         spent = seconds[name]
-        shown = f"emq:{Path(name).stem}" if name.startswith("emq:") else name
+        shown = f"emq:{Path(name.removeprefix('emq:')).stem}" if name.startswith("emq:") else name
         table.add_row(Text(shown), *map(Text, cells), "" if spent is None else f"{spent:.1g}")
     return table
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,14 @@ def test_the_page_shows_the_committed_measurements():
     for topic in TOPICS:
         assert f"<!-- {topic} -->" in page
     assert fill(page, ROOT / "docs" / "data" / "performance") == page
+
+
+@pytest.mark.parametrize("page", ["proxies", "results"])
+def test_pages_show_the_committed_results(page):
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    assert fill(text, ROOT / "docs" / "data" / "results") == text
+    for name in re.findall(r"<!-- (\w+) -->", text):
+        assert name == "end" or (ROOT / "docs" / "data" / "results" / f"{name}.json").is_file()
 
 
 def test_a_page_is_filled_between_its_marks(tmp_path):

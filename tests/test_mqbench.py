@@ -377,3 +377,22 @@ def test_the_page_shows_what_the_committed_table_gives(eqnet: Eqnet, tmp_path: P
     assert figures[f"emq:{evolved}"]["top 100 %"]["spearman"][0] > best
     header = Benchmark.load(TABLE).header
     assert (header["model"], header["quantizer"]) == ("cifar_resnet20", "post-training")
+
+
+@pytest.mark.parametrize(
+    ("column", "table"),
+    [(0, "mqbench_resnet20_w234_a8"), (1, "mqbench_resnet20_w234_a234"), (2, "mqbench_mobilenetv2_w234_a8")],
+)
+def test_the_page_shows_how_scores_rank_three_tables(column: int, table: str, eqnet: Eqnet, tmp_path: Path) -> None:
+    evolved = ["emq_resnet20", "emq_resnet20_mixed", "emq_mobilenetv2"]
+    names = {name: f"emq:{DOCS / 'data' / name}.json" for name in evolved} | {"ridge": "ridge", "hessian": "hessian"}
+    scores = ",".join(names.values())
+    code, _, err = eqnet("benchmark", "rank", DOCS / "data" / f"{table}.csv", "--score", scores, "--json", "r.json")
+    assert code == 0, err
+    figures = json.loads((tmp_path / "r.json").read_text())
+    rows = [line.strip("| ").split(" | ") for line in (DOCS / "proxies.md").read_text().splitlines()]
+    shown = {row[0]: row[1:] for row in rows if len(row) == 4}
+    for name, score in names.items():
+        value, low, high = figures[score]["top 100 %"]["spearman"]
+        assert shown[name][column] == f"{value:+.3f} [{low:.2f}, {high:.2f}]"
+    assert set(PROXIES) <= set(shown)
