@@ -176,7 +176,7 @@ def evaluate_supernet(
 ) -> dict[str, Any]:
     """Every uniform bit-width in every form."""
     total = len(uniform_configs(evaluator.supernet.space))
-    with progress_bar(console, "evaluating uniform bit-widths", -(-total // accelerator.num_processes)) as advance:
+    with progress_bar(console, "evaluating uniform bit-widths", total) as advance:
         results = evaluate_uniform(evaluator, SPLITS, accelerator, advance)
     if not accelerator.is_main_process:
         return {}
