@@ -206,7 +206,8 @@ class Loop:
             self._save(phase, 0)
         while True:
             try:
-                return self._steps(phase, step)
+                with self.run.usage.part(phase.name):
+                    return self._steps(phase, step)
             except DivergedError as error:
                 step = self._go_back(phase, error)
 
@@ -266,6 +267,7 @@ class Loop:
         weights = {n: p.detach().abs().max() for n, p in phase.model.named_parameters() if p.numel()}
         self._check_finite(weights, phase.name, step - 1, kind="weight")
         self.run.checkpoints.save(self.accelerator, phase.name, step, phase.modules)
+        self.run.usage.store(self.accelerator)
 
     def _go_back(self, phase: Phase, error: DivergedError) -> int:
         """Restores the newest checkpoint of the phase and lowers its learning rates; returns the step. All processes agree.
@@ -296,7 +298,7 @@ class Loop:
         """Logs the chosen few; leaves configs and BN statistics as they were."""
         model = phase.supernet if phase.ema is None else phase.ema.module
         assert model is not None
-        with kept_batch_norm(model):
+        with kept_batch_norm(model), self.run.usage.part("evaluation"):
             self.tracker.log(evaluate(model, phase.offset + step), phase.offset + step)
 
     def _check_finite(self, values: Mapping[str, Tensor], phase: str, step: int, kind: str = "loss part") -> None:
