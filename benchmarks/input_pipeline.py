@@ -114,7 +114,7 @@ def opening(folder: Path, kind: str) -> float:
 
 def run(short: bool) -> dict[str, Any]:
     """Images per second of each reader and number of workers, interleaved."""
-    count, rounds, workers = (2 * BATCH + 8, 1, [0]) if short else (9 * BATCH, 5, [0, 1, 2])
+    count, rounds, workers = (2 * BATCH + 8, 1, [0]) if short else (5 * BATCH, 5, [0, 1, 2])
     torch.set_num_threads(1)
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:

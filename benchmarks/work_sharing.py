@@ -1,4 +1,4 @@
-"""What it gains that free processes take the next unit of work, and what taking a unit costs.
+"""What it gains that free processes take the next unit of work, and what taking a unit and keeping a table cost.
 
 Units of work are waits, so the figures are those of the sharing alone. One of the processes is slower than the others.
 
@@ -11,13 +11,19 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
+import timm
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from eqnet.nn.supernet import trace_layers
+from eqnet.scoring.evaluation import read_rows, table_genomes
 from eqnet.scoring.work import shared
+from eqnet.space import QuantSpace
 
 UNIT, SLOWER = 0.02, 4.0  # seconds of a unit; how much slower the first process is
 
@@ -61,6 +67,26 @@ def measure(units: int) -> None:
     accelerator.end_training()
 
 
+def bookkeeping(count: int) -> dict[str, Any]:
+    """What every process does for each row of a table besides measuring: draw its config, decode it; one also reads the rows."""
+    space = QuantSpace.from_layers(trace_layers(timm.create_model("resnet18", num_classes=10), (3, 64, 64)))
+    start = time.perf_counter()
+    genomes = table_genomes(space, count, 0)
+    drawn = time.perf_counter() - start
+    start = time.perf_counter()
+    for genome in genomes:
+        space.decode(genome)
+    decoded = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [json.dumps({"index": i, "accuracy": i / 7}) for i in range(100 * count)]
+        (Path(folder) / "rows-0.jsonl").write_text("\n".join(rows))
+        start = time.perf_counter()
+        found = len(dict(read_rows(Path(folder))))
+        read = time.perf_counter() - start
+    speeds = {"drawn": count / drawn, "decoded": count / decoded, "read from files": found / read}
+    return {name: {"rows per second": speed} for name, speed in speeds.items()}
+
+
 def run(short: bool) -> dict[str, Any]:
     """Seconds for all units both ways, and how many units all processes together can take in a second."""
     units, counts = (40, [2]) if short else (400, [2, 4])
@@ -74,7 +100,7 @@ def run(short: bool) -> dict[str, Any]:
         for row in found.values():
             row["/ best possible"] = row["seconds"] / best
         rows[f"{processes} processes, one {SLOWER:g} times slower, {units} units of {1000 * UNIT:g} ms"] = found
-    return rows | {"units that take no time": taken}
+    return rows | {"units that take no time": taken, "rows of a table, ResNet-18": bookkeeping(50 if short else 1000)}
 
 
 if __name__ == "__main__":

@@ -208,13 +208,25 @@ class AccuracyTable:
         return len(self.genomes)
 
 
-def table_genomes(space: QuantSpace, size: int, seed: int) -> Genomes:
+def table_genomes(space: QuantSpace, size: int, seed: int, accelerator: Accelerator | None = None) -> Genomes:
     """The configs of a table, int16 [size, G]: mean bits spread over the whole range, forms mixed (EQ-Net section 3.4).
 
     Row `i` depends on (seed, i) only, so a larger table begins with the rows of a smaller one.
+
+    Args:
+        space: of the configs.
+        size: number of rows.
+        seed: of the rows.
+        accelerator: its processes draw a share each, and all get everything.
     """
-    sampler = MeanBitsSampler(space)
-    return np.concatenate([sampler.sample(np.random.default_rng((seed, 1, i)), 1) for i in range(size)])
+    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    sampler, genomes = MeanBitsSampler(space), np.empty((size, space.num_genes), np.int16)
+    for i in range(rank, size, world):
+        genomes[i] = sampler.sample(np.random.default_rng((seed, 1, i)), 1)[0]
+    if world > 1:
+        for start, share in enumerate(gather_object([genomes[rank::world]])):
+            genomes[start::world] = share
+    return genomes
 
 
 def build_table(
@@ -228,7 +240,7 @@ def build_table(
         ValueError: the folder holds a table of another seed, space or measurement.
     """
     space = evaluator.supernet.space
-    genomes = table_genomes(space, size, seed)
+    genomes = table_genomes(space, size, seed, accelerator)
     return AccuracyTable(genomes, measure_rows(evaluator, folder, space, genomes, {"seed": seed}, accelerator, advance))
 
 
