@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
-from test_commands import FAST, one_sentence
-from test_training import ROOT, TINY, environment, launch
+from commands import FAST, ROOT, TINY, environment, launch, one_sentence
 
 from eqnet.scoring.work import shared
 
