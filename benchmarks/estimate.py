@@ -71,12 +71,12 @@ def run(short: bool) -> dict[str, Any]:
             with ExitStack() as stack:
                 stack.enter_context(busy(others))
                 found[name] = [estimated(folder, settings) for _ in range(repeats)]
-    truth = {"time [s]": sum(used.seconds.values()) - used.seconds["report"], "peak memory [MiB]": used.memory / 2**20}
-    truth |= {f"{part} [s]": value for part, value in used.seconds.items() if part != "report"}
+    truth = {"time, s": sum(used.seconds.values()) - used.seconds["report"], "peak memory, MiB": used.memory / 2**20}
+    truth |= {f"{part}, s": value for part, value in used.seconds.items() if part != "report"}
     rows: dict[str, Any] = {name: {"used": value} for name, value in truth.items()}
     for name, estimates in found.items():
         for row in rows:
-            part = row.split(" [")[0]
+            part = row.split(", ")[0]
             values = {"time": [sum(v for k, v in e.items() if k != "memory") for e in estimates]}
             values["peak memory"] = [e["memory"] for e in estimates]
             chosen = values.get(part) or [e[part] for e in estimates]

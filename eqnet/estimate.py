@@ -90,6 +90,7 @@ class _Probe(Loop):
                 if len(seconds) == WARM_UP + TIMED:
                     break
         self.estimate.steps[phase.name] = total
+        # the mean: other work on the machine slows every step, so the fastest ones are hardly nearer to those of an idle machine
         step = statistics.fmean(seconds[WARM_UP:])
         self.estimate.seconds[phase.name] = step * total
         self.estimate.seconds["start"] -= step * len(seconds)  # what else the first steps took, e.g. a compiler, stays
