@@ -184,7 +184,7 @@ def search(job: Job, trained: Evaluator) -> None:
         trained: measures the table that the predictor learns: the supernet as trained, whatever the target.
     """
     s, seed = job.settings.search, job.settings.seed
-    with progress_bar(job.console, "accuracy table", -(-s.table_size // job.accelerator.num_processes)) as advance:
+    with progress_bar(job.console, "accuracy table", s.table_size) as advance:
         table = build_table(trained, job.run.path / "table", s.table_size, seed, job.accelerator, advance)
     path = job.run.path / "predictor.safetensors"
     predictor, fresh = fitted_predictor(trained.supernet.space, table.genomes, table.accuracy, seed=seed, path=path)

@@ -6,8 +6,8 @@ With `subnet=path/subnet.json` it fine-tunes that one config instead; with `meta
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from eqnet.checkpoint import load_float_weights, read_object, write_json
 from eqnet.command import make_console, progress_bar, run_command, start_cpu_processes
 from eqnet.dashboard import track_training
 from eqnet.data import DataSplits
-from eqnet.estimate import bytes_text, clock, estimate_run, peak_memory
+from eqnet.estimate import estimate_run
 from eqnet.html_report import report_at_end
 from eqnet.nn.supernet import Supernet
 from eqnet.report import plot_stability, plot_uniform, uniform_table
@@ -34,6 +34,7 @@ from eqnet.training.loop import make_accelerator
 from eqnet.training.metamix import bind_budget, branch_configs
 from eqnet.training.stability import Stability
 from eqnet.training.trainer import Trainer, export_facts
+from eqnet.usage import Used
 
 SPLITS = ["validation", "test"]
 
@@ -46,15 +47,23 @@ def make_parser() -> argparse.ArgumentParser:
     )
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--resume", action="store_true", help="continue the run in output=..., or the latest one")
-    way.add_argument("--estimate", action="store_true", help="print time and memory of the run and write nothing")
+    way.add_argument(
+        "--estimate",
+        action="store_true",
+        help="print time and memory of the run, of the finished one in output=... beside what it used; write nothing",
+    )
     return parser
 
 
 def main() -> None:
     """Opens or makes the run, trains what is left of it, evaluates and saves."""
     arguments = make_parser().parse_intermixed_args()
-    settings = load_settings(arguments.settings) if arguments.resume else complete_settings(arguments.settings)
-    run = Run.resume(arguments.settings, settings.output) if arguments.resume else Run.unsaved(settings)
+    output = load_settings(arguments.settings).output
+    used = Used.read(Path(output)) if arguments.estimate and output is not None else Used()
+    if arguments.resume or used.seconds:
+        run = Run.resume(arguments.settings, output)
+    else:
+        run = Run.unsaved(complete_settings(arguments.settings))
     start_cpu_processes()
     accelerator = make_accelerator(run.settings)
     console = make_console()
@@ -64,10 +73,12 @@ def main() -> None:
         if (run.path / "evaluation.json").exists():
             return console.print(f"{run.path} is finished; {next_step(run)}")
     else:
-        check_model(settings, data)
+        if not used.seconds:
+            check_model(run.settings, data)
         if arguments.estimate:
-            return console.print(estimate_run(settings, data, accelerator).describe(), soft_wrap=True)
-        run = Run.create(settings, accelerator)
+            estimate = estimate_run(run.settings, data, accelerator)
+            return console.print(estimate.beside(used) if used.seconds else estimate.describe(), soft_wrap=True)
+        run = Run.create(run.settings, accelerator)
     with run.claimed():
         train(run, data, accelerator, console, resume=arguments.resume)
     return None
@@ -75,7 +86,6 @@ def main() -> None:
 
 def train(run: Run, data: DataSplits, accelerator: Accelerator, console: Console, *, resume: bool) -> None:
     """Trains what is left of a run, evaluates and saves."""
-    begin = time.monotonic()
     run.store_split(data, accelerator)
     store_subnet(run, accelerator)
     checkpoint, notes = run.checkpoints.newest() if resume else (None, [])
@@ -96,9 +106,9 @@ def train(run: Run, data: DataSplits, accelerator: Accelerator, console: Console
         if accelerator.is_main_process:
             run.save_supernet(supernet, export_facts(data, run.path))
         evaluate(supernet, run, data, accelerator, tracker, console)
+        console.print(f"used {run.usage.store(accelerator).describe()}")
     finally:
         tracker.close()
-    console.print(f"used {clock(time.monotonic() - begin)}, peak memory {bytes_text(peak_memory(accelerator))}")
 
 
 def check_model(settings: Settings, data: DataSplits) -> None:
@@ -154,13 +164,15 @@ def evaluate(
     float_model = create_float_model(settings.model, data.num_classes, data.input_size[0], weights=False)
     load_float_weights(float_model, run.path / "float.safetensors")
     float_model.to(accelerator.device).eval()
-    float_accuracy = {s: accuracy(float_model, evaluator.splits[s]) for s in SPLITS}
-    measure = evaluate_subnet if settings.one_subnet else evaluate_supernet
-    results = measure(evaluator, float_accuracy, run, accelerator, tracker, console)
+    with run.usage.part("evaluation"):
+        float_accuracy = {s: accuracy(float_model, evaluator.splits[s]) for s in SPLITS}
+        measure = evaluate_subnet if settings.one_subnet else evaluate_supernet
+        results = measure(evaluator, float_accuracy, run, accelerator, tracker, console)
     if accelerator.is_main_process:
         write_json(run.path / "evaluation.json", {"float": float_accuracy, **results})
-        track_training(tracker, run)
-        report_at_end(run.path, console)
+        with run.usage.part("report"):
+            track_training(tracker, run)
+            report_at_end(run.path, console)
         names = sorted(p.name for p in run.path.glob("[!.]*") if p.is_file())
         console.print(f"saved {run.path}: {', '.join(names)}")
         console.print(f"next: {next_step(run)}")
@@ -176,12 +188,13 @@ def evaluate_supernet(
 ) -> dict[str, Any]:
     """Every uniform bit-width in every form."""
     total = len(uniform_configs(evaluator.supernet.space))
-    with progress_bar(console, "evaluating uniform bit-widths", -(-total // accelerator.num_processes)) as advance:
+    with progress_bar(console, "evaluating uniform bit-widths", total) as advance:
         results = evaluate_uniform(evaluator, SPLITS, accelerator, advance)
     if not accelerator.is_main_process:
         return {}
     console.print(uniform_table(results, "test", float_accuracy["test"]))
-    picture = plot_uniform(results, "test", float_accuracy["test"], run.path / "evaluation.png")
+    with run.usage.part("report"):
+        picture = plot_uniform(results, "test", float_accuracy["test"], run.path / "evaluation.png")
     means = {b: float(np.mean([r.accuracy["test"] for r in results if r.bits == b])) for b in {r.bits for r in results}}
     figures = {f"test/{r.form.name}/{r.bits}bit": r.accuracy["test"] for r in results}
     figures |= {f"test/mean/{b}bit": value for b, value in means.items()} | {"test/float": float_accuracy["test"]}

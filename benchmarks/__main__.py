@@ -21,7 +21,10 @@ from benchmarks.timing import machine
 from eqnet.checkpoint import atomic_write_bytes, write_json
 from eqnet.command import keep_freed_memory
 
-TOPICS = ("training_step", "training_memory", "calibration_speed", "evaluation_speed", "processes", "search_speed")
+TOPICS = (
+    *("training_step", "training_memory", "calibration_speed", "evaluation_speed", "processes", "search_speed"),
+    *("work_sharing", "input_pipeline", "estimate"),
+)
 
 
 def main() -> None:

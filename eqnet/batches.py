@@ -25,9 +25,10 @@ from eqnet.augment import (
     Ints,
     ShiftFlip,
     draw_shift_flip,
+    kept_generators,
     keyed_rng,
     normalize,
-    seeded,
+    seed_generators,
     shift_flip,
     shift_pad,
 )
@@ -87,7 +88,7 @@ class ImageData(Dataset[tuple[Tensor, int]]):
         return replace(self, indices=self.indices[positions], labels=self.labels[positions])
 
     def load(self, position: int, seed: int | None) -> Tensor:
-        """The image at `position`: augmented by this seed, or as for evaluation if None.
+        """The image at `position`: augmented by this seed, within `kept_generators`, or as for evaluation if None.
 
         Raises:
             ValueError: it cannot be read.
@@ -99,8 +100,8 @@ class ImageData(Dataset[tuple[Tensor, int]]):
             raise ValueError(f"{self.reader.describe(index)} cannot be read as an image ({error}).") from error
         if seed is None:
             return self.evaluation(image)
-        with seeded(seed):
-            return self.training(image)
+        seed_generators(seed)
+        return self.training(image)
 
 
 Data = ArrayData | ImageData
@@ -122,10 +123,15 @@ class _Batched(Dataset[Any]):
     def __getitem__(self, request: _Request) -> tuple[Tensor, Tensor] | ValueError:
         seeds = [None] * len(request.positions) if request.seeds is None else request.seeds.tolist()
         try:
-            images = [self.data.load(int(p), seed) for p, seed in zip(request.positions, seeds, strict=True)]
+            with kept_generators():
+                images = [self.data.load(int(p), seed) for p, seed in zip(request.positions, seeds, strict=True)]
         except ValueError as error:
             return error
-        return torch.stack(images), torch.from_numpy(self.data.labels[request.positions])
+        # in the layout that networks want at once: stacking and then turning takes twice the time
+        batch = torch.empty((len(images), *images[0].shape), memory_format=torch.channels_last)
+        for place, image in zip(batch, images, strict=True):
+            place.copy_(image)
+        return batch, torch.from_numpy(self.data.labels[request.positions])
 
 
 def _unchanged(batch: Any) -> Any:

@@ -38,10 +38,13 @@ def make_console() -> Console:
 
 
 def start_cpu_processes() -> None:
-    """Starts the processes that `accelerate launch --cpu --num_processes N` was asked for.
+    """Starts the processes that `accelerate launch --cpu --num_processes N` was asked for, on this machine's share of machines.
 
     That command runs a single process unless it is given MPI, without a word. Its request is read from the command line of
     the launcher (Linux), and this process is replaced by `eqnet.launch`, which starts N of them. Does nothing in any other case.
+
+    Raises:
+        ValueError: N is not a multiple of `--num_machines`.
     """
     env = os.environ
     asked = env.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in env  # set for more than one process only
@@ -51,11 +54,22 @@ def start_cpu_processes() -> None:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
     except OSError:
         words = []
+    numbers: dict[str, int] = {}
     for flag, value in zip(words, [*words[1:], ""], strict=True):
         name, _, attached = flag.partition("=")
-        if name in ("--num_processes", "--num-processes") and (attached or value).isdigit():
-            torchrun = ["-m", "eqnet.launch", "--standalone", f"--nproc_per_node={attached or value}"]
-            os.execv(sys.executable, [sys.executable, *torchrun, "--", *sys.argv])
+        if name.startswith("--") and (attached or value).isdigit():
+            numbers[name[2:].replace("-", "_")] = int(attached or value)
+    if "num_processes" not in numbers:
+        return
+    processes, machines = numbers["num_processes"], numbers.get("num_machines", 1)
+    if processes % machines:
+        raise ValueError(f"--num_processes={processes} cannot be divided among --num_machines={machines}.")
+    place = ["--standalone"]
+    if machines > 1:
+        place = [f"--nnodes={machines}", f"--node_rank={numbers.get('machine_rank', 0)}"]
+        place += [f"--master_addr={env['MASTER_ADDR']}", f"--master_port={env['MASTER_PORT']}"]
+    torchrun = ["-m", "eqnet.launch", *place, f"--nproc_per_node={processes // machines}"]
+    os.execv(sys.executable, [sys.executable, *torchrun, "--", *sys.argv])
 
 
 def keep_freed_memory() -> None:

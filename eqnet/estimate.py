@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor
@@ -27,6 +23,7 @@ from eqnet.settings import Settings
 from eqnet.tracking import Tracker
 from eqnet.training.loop import Loop, Phase
 from eqnet.training.trainer import Trainer
+from eqnet.usage import Used, bytes_text, clock, peak_memory
 
 WARM_UP, TIMED = 2, 4  # steps of each phase
 
@@ -58,6 +55,17 @@ class Estimate:
             f"estimated peak memory {bytes_text(self.memory)} of each process, checkpoints {bytes_text(self.disk)} on disk"
         )
 
+    def beside(self, used: Used) -> str:
+        """Lines that compare with what a run has used, part by part."""
+        lines = [f"{'':12}{'estimated':>12}{'used':>12}"]
+        for name in [*self.seconds, *(set(used.seconds) - set(self.seconds))]:
+            cells = [clock(s[name]) if name in s else "" for s in (self.seconds, used.seconds)]
+            lines.append(f"{name:12}{cells[0]:>12}{cells[1]:>12}")
+        total = [clock(sum(s.values())) for s in (self.seconds, used.seconds)]
+        lines.append(f"{'time':12}{total[0]:>12}{total[1]:>12}")
+        lines.append(f"{'peak memory':12}{bytes_text(self.memory):>12}{bytes_text(used.memory):>12}")
+        return "\n".join(lines)
+
 
 class _Probe(Loop):
     """A loop that times a few steps of each phase and saves nothing."""
@@ -82,8 +90,10 @@ class _Probe(Loop):
                 if len(seconds) == WARM_UP + TIMED:
                     break
         self.estimate.steps[phase.name] = total
-        self.estimate.seconds[phase.name] = statistics.fmean(seconds[WARM_UP:]) * total
-        self.estimate.seconds["start"] -= sum(seconds)
+        # the mean: other work on the machine slows every step, so the fastest ones are hardly nearer to those of an idle machine
+        step = statistics.fmean(seconds[WARM_UP:])
+        self.estimate.seconds[phase.name] = step * total
+        self.estimate.seconds["start"] -= step * len(seconds)  # what else the first steps took, e.g. a compiler, stays
         held = [phase.model, *phase.modules.values()]
         state = {id(t): t.nbytes for module in held for t in (*module.parameters(), *module.buffers())}
         state |= {id(t): t.nbytes for values in phase.optimizer.state.values() for t in _tensors(values.values())}
@@ -133,24 +143,6 @@ def _evaluation_seconds(supernet: Supernet, data: DataSplits, settings: Settings
     few = 1 if settings.one_subnet else len(t.evaluate_bits)
     images = configs * (bn + validation + len(data.test)) + within * few * (bn + validation)
     return float(per_image * images / accelerator.num_processes)
-
-
-def peak_memory(accelerator: Accelerator) -> int:
-    """Bytes that this process has used at its peak, on its GPU if it has one."""
-    if accelerator.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(accelerator.device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def clock(seconds: float) -> str:
-    """E.g. '0:01:30'."""
-    return str(timedelta(seconds=round(seconds)))
-
-
-def bytes_text(size: float) -> str:
-    """E.g. '0.25 GiB' or '3.1 MiB'."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

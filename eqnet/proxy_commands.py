@@ -69,7 +69,7 @@ def build_table(
     data = open_data(opened)
     evaluator = Evaluator.from_data(supernet.to(accelerator.device), data, chosen, accelerator.device)
     facts = _facts(opened, data.fingerprint)
-    with progress_bar(console, "benchmark", -(-configs // accelerator.num_processes)) as advance:
+    with progress_bar(console, "benchmark", configs) as advance:
         benchmark = build_benchmark(
             evaluator, space, output.with_suffix(".rows"), configs, seed, facts, accelerator, advance
         )

@@ -1,7 +1,7 @@
 """The folder of a run: settings, data split, checkpoints, the trained supernet, and everything later built from it.
 
     runs/<name>/  settings.yaml  split.json  metrics.jsonl  float.safetensors  supernet.safetensors  supernet.json
-                  checkpoints/<phase>-<step>/   evaluation.json|png   table/  predictor.*  search/<budget>/  latency/<target>.json
+                  checkpoints/<phase>-<step>/   evaluation.json|png   used.json   table/  predictor.*  search/<budget>/  latency/<target>.json
 
 Nothing that exists is overwritten by another run.
 """
@@ -39,6 +39,7 @@ from eqnet.run_checkpoints import Checkpoints
 from eqnet.settings import ModelSettings, Settings, SpaceSettings, dump_settings, load_settings
 from eqnet.space import LayerInfo, QuantFormat, QuantSpace, Slot
 from eqnet.space.hardware import load_target
+from eqnet.usage import Usage
 
 LATEST = Path("runs") / ".latest"  # holds the name of the run in `runs/` that was started last
 
@@ -49,6 +50,7 @@ class Run:
     def __init__(self, path: Path, settings: Settings) -> None:
         self.path, self.settings = path, settings
         self.checkpoints = Checkpoints(path / "checkpoints")
+        self.usage = Usage(path)
         self._search: FileLock | None = None
 
     # -- finding and making -------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Where images come from: scikit-learn's digits, .npz files, torchvision, folders of images, timm.
+"""Where images come from: scikit-learn's digits, .npz files, torchvision, folders of images or tar files, timm.
 
 The images of a source are numbered through its parts in the order train, validation, test.
 
@@ -20,6 +20,7 @@ from PIL import Image
 
 from eqnet.augment import Augment, Ints
 from eqnet.batches import ImageReader
+from eqnet.shards import ShardImages
 
 _TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST"}
 MAX_CLASSES = 1_000_000
@@ -79,7 +80,8 @@ def open_source(settings: DataSettings) -> Source:
     if name in _TORCHVISION:
         return _torchvision(name, settings.root, settings.download)
     if Path(name).is_dir():
-        return _image_folder(Path(name))
+        folders = _part_folders(Path(name))
+        return (_shards if any(folders["train"].glob("*.tar")) else _image_folder)(folders)
     if name.endswith(".npz"):
         return _npz(Path(name))
     if name.partition("/")[0].lower() in ("torch", "hfds", "hfids", "tfds", "wds"):
@@ -164,17 +166,33 @@ def _numbered(labels: Ints) -> list[str]:
     return [str(label) for label in range(int(labels.max()) + 1)]
 
 
-def _image_folder(root: Path) -> Source:
-    """`root/<class>/x.jpg`, or `root/train/<class>/x.jpg` with `val` (or `validation`) and `test` beside it.
+def _part_folders(root: Path) -> dict[str, Path]:
+    """Folders of the parts: `root` itself, or `root/train` with `val` (or `validation`) and `test` beside it.
 
     Of `val` and `test`, one alone is the test split (ImageNet's `val`): what selects must not be what is reported.
     """
-    folders = {"train": root}
-    if (root / "train").is_dir():
-        validation = next((root / name for name in ("val", "validation") if (root / name).is_dir()), None)
-        test = root / "test" if (root / "test").is_dir() else None
-        held_out = {"validation": validation, "test": test} if test else {"test": validation}
-        folders = {"train": root / "train"} | {part: folder for part, folder in held_out.items() if folder}
+    if not (root / "train").is_dir():
+        return {"train": root}
+    validation = next((root / name for name in ("val", "validation") if (root / name).is_dir()), None)
+    test = root / "test" if (root / "test").is_dir() else None
+    held_out = {"validation": validation, "test": test} if test else {"test": validation}
+    return {"train": root / "train"} | {part: folder for part, folder in held_out.items() if folder}
+
+
+def _shards(folders: dict[str, Path]) -> Source:
+    """`<folder>/*.tar`, see `eqnet.shards`; classes have numbers for names."""
+    images = ShardImages()
+    found = {part: images.add(folder) for part, folder in folders.items()}
+    labels = np.concatenate(list(found.values()))
+    if not len(found["train"]):
+        raise ValueError(f"the tar files in {folders['train']} hold no images.")
+    if labels.max() >= MAX_CLASSES:
+        raise ValueError(f"labels of the tar files in {folders['train'].parent} must be below {MAX_CLASSES}.")
+    return Source(images, labels, {part: len(own) for part, own in found.items()}, tuple(_numbered(labels)))
+
+
+def _image_folder(folders: dict[str, Path]) -> Source:
+    """`<folder>/<class>/x.jpg`."""
     paths: list[str] = []
     labels: list[int] = []
     parts: dict[str, int] = {}
@@ -185,7 +203,7 @@ def _image_folder(root: Path) -> Source:
         unknown = sorted(set(names) - set(numbers))
         if unknown:
             raise ValueError(
-                f"{folder / unknown[0]} is a class without training images; add {root / 'train' / unknown[0]}."
+                f"{folder / unknown[0]} is a class without training images; add {folders['train'] / unknown[0]}."
             )
         paths += [path for path, _ in samples]
         labels += [numbers[names[label]] for _, label in samples]
@@ -227,7 +245,7 @@ def _timm(name: str, root: str, download: bool) -> Source:
     if prefix.lower() not in ("torch", "hfds"):
         raise ValueError(
             f"data.name={name!r} is a stream, whose order cannot be resumed or split by class; "
-            "use a source with random access (a folder of images, torch/..., hfds/...)."
+            "use a source with random access (a folder of images or of tar files, torch/..., hfds/...)."
         )
     if prefix.lower() == "hfds" and not download and not Path(rest).exists():
         hint = "HF_HUB_OFFLINE=1 in the environment keeps it to the local cache"

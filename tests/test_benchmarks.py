@@ -1,4 +1,4 @@
-"""`python -m benchmarks` runs, and `docs/performance.md` shows what it printed."""
+"""`python -m benchmarks` runs, and `docs/performance.md` and `docs/scale.md` show what it printed."""
 
 import json
 import math
@@ -13,7 +13,18 @@ import pytest
 from benchmarks.tables import fill
 
 ROOT = Path(__file__).resolve().parent.parent
-TOPICS = ("training_step", "training_memory", "calibration_speed", "evaluation_speed", "processes", "search_speed")
+PAGES = {
+    "performance.md": (
+        "training_step",
+        "training_memory",
+        "calibration_speed",
+        "evaluation_speed",
+        "processes",
+        "search_speed",
+    ),
+    "scale.md": ("work_sharing", "input_pipeline", "estimate"),
+}
+TOPICS = [topic for topics in PAGES.values() for topic in topics]
 
 
 def numbers(value: object) -> list[float]:
@@ -39,9 +50,10 @@ def test_every_topic_runs_on_tiny_nets_and_measures_something(topic, tmp_path):
     assert topic in done.stdout
 
 
-def test_the_page_shows_the_committed_measurements():
-    page = (ROOT / "docs" / "performance.md").read_text()
-    for topic in TOPICS:
+@pytest.mark.parametrize("name", PAGES)
+def test_the_pages_show_the_committed_measurements(name):
+    page = (ROOT / "docs" / name).read_text()
+    for topic in PAGES[name]:
         assert f"<!-- {topic} -->" in page
     assert fill(page, ROOT / "docs" / "data" / "performance") == page
 

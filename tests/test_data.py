@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from eqnet.augment import Augment, keyed_rng, seeded
+from eqnet.augment import Augment, kept_generators, keyed_rng, seed_generators
 from eqnet.batches import ArrayData, Batches, ImageData
 from eqnet.data import DataSplits, bn_batches, calibration_batches, load_data, random_subset
 from eqnet.settings import DataSettings
@@ -643,12 +643,13 @@ def test_nothing_random_outside_is_touched(image_splits: DataSplits) -> None:
     assert states() == before
 
 
-def test_seeded_puts_the_generators_back_after_an_error() -> None:
+def test_generators_are_put_back_after_an_error() -> None:
     before = random.getstate(), torch.get_rng_state().tolist()
     draws = []
 
     def draw_and_fail() -> None:
-        with seeded(5):
+        with kept_generators():
+            seed_generators(5)
             draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
             raise KeyError
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import Eqnet
 
 from eqnet import doctor
+from eqnet.checkpoint import write_json
+from eqnet.usage import Usage, Used
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -76,13 +81,41 @@ def test_an_estimate_writes_nothing(call: Callable[..., tuple[int, str, str]], t
 
 
 @pytest.mark.slow
-def test_the_estimated_memory_is_that_of_the_run(tmp_path: Path) -> None:
+def test_a_run_accounts_for_what_it_used_and_an_estimate_stands_beside_it(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    found = []
-    for argument in ("--estimate", "output=run"):
-        command = [sys.executable, str(ROOT / "train.py"), *TINY, argument]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=True)
-        (value,) = re.findall(r"peak memory ([\d.]+) GiB", done.stdout)
-        found.append(float(value))
-    estimated, used = found
-    assert used / 1.5 < estimated < 1.5 * used
+
+    def train(*arguments: str) -> str:
+        command = [sys.executable, str(ROOT / "train.py"), *TINY, "output=run", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
+
+    out = train()
+    used = json.loads((tmp_path / "run" / "used.json").read_text())
+    assert set(used["seconds"]) == {"start", "pretrain", "supernet", "evaluation", "report"}
+    assert all(seconds > 0 for seconds in used["seconds"].values())
+    assert used["processes"] == 1
+    assert f"peak memory {used['memory'] / 2**30:.2f} GiB" in out
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    rows = {line[:12].strip(): line[12:].split() for line in train("--estimate").splitlines()}
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+    assert {"start", "pretrain", "supernet", "evaluation", "time", "peak memory"} <= set(rows)
+    estimated, _, memory, _ = rows["peak memory"]
+    assert float(memory) / 1.5 < float(estimated) < 1.5 * float(memory)
+
+
+def test_what_a_run_used_adds_up_over_its_parts_and_processes(tmp_path: Path) -> None:
+    write_json(tmp_path / "used.json", {"seconds": {"start": 5.0, "supernet": 100.0}, "memory": 2**50, "processes": 2})
+    usage, accelerator = Usage(tmp_path), Accelerator()
+    with usage.part("supernet"):
+        time.sleep(0.05)
+        with usage.part("evaluation"):
+            time.sleep(0.1)
+    first = usage.store(accelerator)
+    assert first.memory == 2**50
+    assert 100.05 <= first.seconds["supernet"] < 100.1 + first.seconds["evaluation"]
+    assert first.seconds["evaluation"] >= 0.1
+    assert first.seconds["start"] >= 5
+    assert Used.read(tmp_path) == first
+    second = usage.store(accelerator)  # counts what was stored before this process once
+    assert second.seconds["supernet"] == first.seconds["supernet"]
+    (tmp_path / "used.json").write_text("{")
+    assert sum(Usage(tmp_path).store(accelerator).seconds.values()) < 100

@@ -1,8 +1,8 @@
 """Measured accuracy of configs, and the accuracy table that the predictor learns from.
 
 Every config is measured with BN statistics recalibrated from scratch on the same training images (EQ-Net section 3.5) and
-on images that trained nothing (the official code labels with images its supernet has seen). Work is sharded over
-processes by index; a row is one appended line, so a killed build loses at most the row in flight.
+on images that trained nothing (the official code labels with images its supernet has seen). Processes take configs one by one
+(`eqnet.scoring.work`); a row is one appended line, so a killed build loses at most the rows in flight.
 
 Configs are ranked with integer kernels where the CPU has them (`eqnet.nn.integer_supernet`). With the same BN statistics
 both paths give the same top-1 class on all but about one image in a thousand. Recalibration amplifies rounding: statistics
@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -34,11 +34,11 @@ from eqnet.lock import claimed
 from eqnet.nn.integer import kernels_available
 from eqnet.nn.integer_supernet import IntegerSupernet
 from eqnet.nn.supernet import Supernet
+from eqnet.scoring.work import Advance, shared
 from eqnet.settings import Settings
 from eqnet.space import Form, Genomes, MeanBitsSampler, QuantConfig, QuantSpace
 
 LabelledBatches = Iterable[tuple[Tensor, Tensor]]
-Advance = Callable[[], None]
 Integer = Literal["auto", "on", "off"]
 REPORTED = "test"  # the split whose accuracies are reported
 
@@ -148,12 +148,8 @@ class Evaluator:
         accelerator: Accelerator,
         advance: Advance | None = None,
     ) -> NDArray[np.float64]:
-        """Accuracies [N, len(splits)] in percent; each process measures its share, all get everything."""
-        mine = []
-        for i in range(accelerator.process_index, len(configs), accelerator.num_processes):
-            mine.append((i, self.measure(configs[i], *splits)))
-            if advance is not None:
-                advance()
+        """Accuracies [N, len(splits)] in percent; free processes take the next config, all get everything."""
+        mine = [(i, self.measure(configs[i], *splits)) for i in shared(len(configs), accelerator, advance)]
         out = np.zeros((len(configs), len(splits)))
         for i, values in gather_object(mine):
             out[i] = values
@@ -212,13 +208,25 @@ class AccuracyTable:
         return len(self.genomes)
 
 
-def table_genomes(space: QuantSpace, size: int, seed: int) -> Genomes:
+def table_genomes(space: QuantSpace, size: int, seed: int, accelerator: Accelerator | None = None) -> Genomes:
     """The configs of a table, int16 [size, G]: mean bits spread over the whole range, forms mixed (EQ-Net section 3.4).
 
     Row `i` depends on (seed, i) only, so a larger table begins with the rows of a smaller one.
+
+    Args:
+        space: of the configs.
+        size: number of rows.
+        seed: of the rows.
+        accelerator: its processes draw a share each, and all get everything.
     """
-    sampler = MeanBitsSampler(space)
-    return np.concatenate([sampler.sample(np.random.default_rng((seed, 1, i)), 1) for i in range(size)])
+    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    sampler, genomes = MeanBitsSampler(space), np.empty((size, space.num_genes), np.int16)
+    for i in range(rank, size, world):
+        genomes[i] = sampler.sample(np.random.default_rng((seed, 1, i)), 1)[0]
+    if world > 1:
+        for start, share in enumerate(gather_object([genomes[rank::world]])):
+            genomes[start::world] = share
+    return genomes
 
 
 def build_table(
@@ -232,7 +240,7 @@ def build_table(
         ValueError: the folder holds a table of another seed, space or measurement.
     """
     space = evaluator.supernet.space
-    genomes = table_genomes(space, size, seed)
+    genomes = table_genomes(space, size, seed, accelerator)
     return AccuracyTable(genomes, measure_rows(evaluator, folder, space, genomes, {"seed": seed}, accelerator, advance))
 
 
@@ -256,7 +264,7 @@ def measure_rows(
         genomes: int16 [N, G]; row `i` of a folder is always the same config, which `facts` must ensure.
         facts: what the rows are made of, besides the space and the images.
         accelerator: rows are shared by its processes.
-        advance: called once per row.
+        advance: called once per row, whichever process measures it.
 
     Raises:
         ValueError: the folder holds a table of other facts, of another space or measurement, or another command measures it.
@@ -289,25 +297,26 @@ def _measure_missing(
         write_json(folder / "header.json", header)
     accelerator.wait_for_everyone()
     _check_header({"arithmetic": "simulation", **read_object(folder / "header.json")}, header, folder)
-    size = len(genomes)
-    known = dict(read_rows(folder))
-    for _ in range(sum(i < size for i in known)):
-        if advance is not None and accelerator.is_main_process:
+    # one process reads what is there: a network file system may show the others an older state
+    rows = dict(read_rows(folder)) if accelerator.is_main_process else {}
+    missing = [[i for i in range(len(genomes)) if i not in rows]]
+    broadcast_object_list(missing)
+    for _ in range(len(genomes) - len(missing[0])):
+        if advance is not None:
             advance()
-    accelerator.wait_for_everyone()
-    missing = [i for i in range(size) if i not in known]
+    measured = []
     with (folder / f"rows-{accelerator.process_index}.jsonl").open("a") as file:
         if file.tell():
             file.write("\n")  # ends a line that a kill cut short
-        for i in missing[accelerator.process_index :: accelerator.num_processes]:
+        for unit in shared(len(missing[0]), accelerator, advance):
+            i = missing[0][unit]
             (value,) = evaluator.measure(space.decode(genomes[i]), "validation")
             file.write(json.dumps({"index": i, "accuracy": value}) + "\n")
             file.flush()
-            if advance is not None:
-                advance()
-    accelerator.wait_for_everyone()
-    rows = dict(read_rows(folder))
-    return np.array([rows[i] for i in range(size)])
+            measured.append((i, value))
+    everything = [rows | dict(gather_object(measured))]
+    broadcast_object_list(everything)
+    return np.array([everything[0][i] for i in range(len(genomes))])
 
 
 def _check_header(stored: Mapping[str, Any], header: Mapping[str, Any], folder: Path) -> None:
@@ -326,7 +335,7 @@ def _check_header(stored: Mapping[str, Any], header: Mapping[str, Any], folder: 
 
 
 def read_rows(folder: Path) -> Iterator[tuple[int, float]]:
-    """Complete rows of all shards; a line cut short by a kill is skipped and measured again."""
+    """Complete rows of all processes; a line cut short by a kill is skipped and measured again."""
     for path in sorted(folder.glob("rows-*.jsonl")):
         for line in path.read_text().splitlines():
             try:

@@ -10,6 +10,7 @@ restores everything; the loss of every subnet is logged, not only that of the sm
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ from eqnet.training.optimizer import cosine
 ComputeStep = Callable[[Tensor, Tensor, int], dict[str, Tensor]]
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # in the words of accelerate
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")  # ways of accelerate to divide a model
 LOWER_RATE = 0.1  # factor on learning rates after training went back
 STOP_CHECK_STEPS = 10  # processes agree on a received signal this often
 
@@ -80,11 +82,32 @@ class Setback:
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
-    """The accelerator of a run: precision from the settings, devices and processes from `accelerate launch`."""
+    """The accelerator of a run: precision from the settings, devices and processes from `accelerate launch`.
+
+    Raises:
+        ValueError: the launch asks for what would train something else, or fail in the middle.
+    """
+    _check_launch()
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)  # active rows and BN statistics are per process
     accelerator = Accelerator(mixed_precision=PRECISIONS[settings.train.precision], kwargs_handlers=[ddp])
     set_seed(settings.seed, device_specific=True)
     return accelerator
+
+
+def _check_launch() -> None:
+    """Raises ValueError for options of `accelerate launch` that training does not work with."""
+    sharded = [name for name in SHARDED if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"]
+    if sharded:
+        raise ValueError(
+            f"accelerate was asked for {sharded[0]}, but every process holds the whole supernet, whose layers override their "
+            "weights; launch without it (data parallel training)."
+        )
+    if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
+        raise ValueError(
+            "accelerate's gradient accumulation would only scale gradients; set train.accumulation instead."
+        )
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
+        raise ValueError("the launch asks for a dynamo backend; set train.compile=network instead.")
 
 
 @dataclass(frozen=True)
@@ -183,7 +206,8 @@ class Loop:
             self._save(phase, 0)
         while True:
             try:
-                return self._steps(phase, step)
+                with self.run.usage.part(phase.name):
+                    return self._steps(phase, step)
             except DivergedError as error:
                 step = self._go_back(phase, error)
 
@@ -243,6 +267,7 @@ class Loop:
         weights = {n: p.detach().abs().max() for n, p in phase.model.named_parameters() if p.numel()}
         self._check_finite(weights, phase.name, step - 1, kind="weight")
         self.run.checkpoints.save(self.accelerator, phase.name, step, phase.modules)
+        self.run.usage.store(self.accelerator)
 
     def _go_back(self, phase: Phase, error: DivergedError) -> int:
         """Restores the newest checkpoint of the phase and lowers its learning rates; returns the step. All processes agree.
@@ -273,7 +298,7 @@ class Loop:
         """Logs the chosen few; leaves configs and BN statistics as they were."""
         model = phase.supernet if phase.ema is None else phase.ema.module
         assert model is not None
-        with kept_batch_norm(model):
+        with kept_batch_norm(model), self.run.usage.part("evaluation"):
             self.tracker.log(evaluate(model, phase.offset + step), phase.offset + step)
 
     def _check_finite(self, values: Mapping[str, Tensor], phase: str, step: int, kind: str = "loss part") -> None:
