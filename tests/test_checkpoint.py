@@ -12,7 +12,7 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -127,7 +127,6 @@ JSON_VALUES = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(data=JSON_VALUES)
 def test_json_round_trip(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("json") / "a.json"
@@ -264,7 +263,6 @@ def test_truncated_weights_are_named(tmp_path, zipped):
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@settings(deadline=None)
 @given(data=st.binary(max_size=100))
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_noise_is_named(tmp_path_factory, suffix, data):

@@ -105,7 +105,6 @@ def test_mean_bits_of_known_layers():
     assert act_bits(space).of(config) == pytest.approx((4 * (800 + 9) + 7 * 1600) / 2409)
 
 
-@settings(deadline=None)
 @given(st.integers(2, 8), st.integers(2, 8), st.sampled_from(ALL_FORMS))
 def test_b_bits_everywhere_cost_exactly_b(w: int, a: int, form: Form):
     """EQ-Net fact 21; exactly, so that the budget "3" admits the uniform 3-bit config."""
@@ -298,7 +297,6 @@ fragments = st.sampled_from(
 )
 
 
-@settings(deadline=None)
 @given(st.text() | st.lists(fragments, max_size=12).map("".join))
 def test_parsing_gives_a_budget_or_a_value_error(text: str):
     try:
@@ -309,7 +307,6 @@ def test_parsing_gives_a_budget_or_a_value_error(text: str):
     assert all(0 < limit < math.inf for _, limit in budget.limits)
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from(["w", "a", "size", "bitops", "latency"]),
@@ -360,7 +357,7 @@ def budgets(draw: st.DrawFn, space: QuantSpace) -> Budget:
 
 
 @given(st.data(), st.integers(0, 2**32 - 1), st.sampled_from([None, 0.5]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_repair_meets_the_budget_or_bind_says_it_cannot(data: st.DataObject, seed: int, band: float | None):
     space = data.draw(spaces())
     budget = data.draw(budgets(space))
@@ -397,7 +394,7 @@ def has_room(bound: BoundBudget, genome: np.ndarray) -> bool:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_filled_genomes_have_no_room_for_one_more_step(data: st.DataObject):
     space = data.draw(spaces())
     names = data.draw(st.lists(st.sampled_from(list(COSTS)), min_size=1, max_size=3, unique=True))
@@ -426,7 +423,7 @@ def test_filling_visits_all_groups_of_a_deep_network(imagenet_spaces: dict[str, 
 
 
 @given(st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_repair_of_one_limit_goes_down_only_and_not_further_than_needed(data: st.DataObject):
     space = data.draw(spaces())
     cost = COSTS[data.draw(st.sampled_from(list(COSTS)))](space)

@@ -304,7 +304,7 @@ def test_names_that_cannot_be_opened(tmp_path: Path, name: str, words: str) -> N
 # --- splits ----------------------------------------------------------------------------------------------------------
 
 
-@hypothesis_settings(max_examples=25, deadline=None)
+@hypothesis_settings(max_examples=25)
 @given(
     counts=st.lists(st.integers(5, 40), min_size=2, max_size=6),
     fraction=st.floats(0.1, 0.6),

@@ -431,7 +431,7 @@ def test_the_front_keeps_a_budget_and_its_forms(small: QuantSpace) -> None:
 points = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=30)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(points)
 def test_front_keeps_exactly_what_nothing_beats(pairs: list[tuple[int, int]]) -> None:
     scores, costs = np.array(pairs, float).reshape(-1, 2).T

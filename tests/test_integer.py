@@ -67,7 +67,7 @@ def same(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
 # -- codes ------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     bits=st.integers(2, 8),
     symmetric=st.booleans(),

@@ -46,7 +46,7 @@ def test_entries_without_gradient_rest_and_keep_their_moments():
     assert (table[~resting] != value[~resting]).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=30), st.integers(0, 100))
 def test_each_entry_follows_adam_run_only_on_the_steps_that_selected_it(selected, seed):
     table = nn.Parameter(normal(4, seed=seed))

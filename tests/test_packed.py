@@ -12,7 +12,7 @@ import pytest
 import safetensors
 import timm
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -37,7 +37,6 @@ def build(model: nn.Module, images: Tensor, bits: Sequence[int] = range(2, 9)) -
 
 
 @given(st.integers(1, 8), st.lists(st.integers(0, 255), min_size=1, max_size=40))
-@settings(deadline=None)
 def test_packing_is_lossless_and_leaves_no_gaps(bits: int, values: list[int]) -> None:
     codes = torch.tensor([v % 2**bits for v in values])
     packed = pack_codes(codes, bits)

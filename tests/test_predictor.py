@@ -348,7 +348,7 @@ def test_constant_accuracy_is_no_accident(truth: Truth, recipe: PredictorRecipe)
 numbers = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=2, max_size=40)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(numbers)
 def test_rank_metrics_are_those_of_scipy_or_zero(pairs: list[tuple[int, int]]) -> None:
     x, y = np.array(pairs, float).T

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eqnet.space import (
@@ -38,7 +38,6 @@ def make_space(**arguments: object) -> QuantSpace:
 
 
 @pytest.mark.parametrize("form_per", ["layer", "net"])
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), num_random=st.integers(0, 3))
 def test_sandwich_is_largest_random_smallest_with_ends_at_8(form_per: str, seed: int, num_random: int):
     space = make_space(bits=(3, 4, 6), act_bits=(2, 5))
@@ -191,7 +190,6 @@ def test_targets_may_differ_from_row_to_row():
     np.testing.assert_allclose(sampled[:, 1].reshape(3, 500).mean(1), [7.8, 5.0, 2.2], atol=0.15)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_samples_are_configs_of_the_space_with_ties_and_pins(seed: int):
     layers = make_layers()

@@ -100,7 +100,6 @@ def test_a_pickled_config_is_found_in_another_process():
         assert result.stdout.strip() == b"found"
 
 
-@settings(deadline=None)
 @given(spaces(), seeds)
 def test_config_json_round_trip(space: QuantSpace, seed: int):
     config = random_config(space, seed)
@@ -148,7 +147,6 @@ def test_form_names_round_trip_and_unknown_ones_are_refused():
 # -- encode, decode, restrict, translate ------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(spaces(), seeds)
 def test_decode_of_encode_is_the_config(space: QuantSpace, seed: int):
     config = random_config(space, seed)
@@ -158,7 +156,6 @@ def test_decode_of_encode_is_the_config(space: QuantSpace, seed: int):
     assert (space.encode_all([config, config]) == genome).all()
 
 
-@settings(deadline=None)
 @given(spaces(), seeds)
 def test_genomes_are_indices_into_the_choices(space: QuantSpace, seed: int):
     rng = np.random.default_rng(seed)
@@ -173,7 +170,6 @@ def test_genomes_are_indices_into_the_choices(space: QuantSpace, seed: int):
     assert (space.encode_all(map(space.decode, genomes)) == genomes).all()
 
 
-@settings(deadline=None)
 @given(spaces(), seeds)
 def test_space_json_round_trip(space: QuantSpace, seed: int):
     copy = QuantSpace.from_json(json.loads(json.dumps(space.to_json())))
@@ -187,7 +183,6 @@ def test_wrong_space_json_is_a_value_error(data: object):
         QuantSpace.from_json(data)
 
 
-@settings(deadline=None)
 @given(spaces(), seeds)
 def test_a_restriction_is_a_subset_and_translates(space: QuantSpace, seed: int):
     rng = np.random.default_rng(seed)
@@ -213,7 +208,6 @@ def test_an_emptied_layer_is_named():
 # -- forms ------------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(spaces(), seeds)
 def test_impose_form_keeps_bits_and_gives_every_layer_the_form(space: QuantSpace, seed: int):
     rng = np.random.default_rng(seed)
@@ -276,7 +270,6 @@ def test_a_pinned_layer_with_a_form_of_its_own_leaves_largest_and_smallest_defin
 # -- fixed layers and ties --------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(seeds)
 def test_the_first_and_last_layer_stay_at_8_bits_in_any_form(seed: int):
     """EQ-Net fact 2: ends always 8/8, their form as elastic as any."""
@@ -322,7 +315,6 @@ def test_unread_weights_have_no_activation_format():
         space.check(wrong.replace({"l2": LayerConfig(wrong["l2"].weight, None)}))
 
 
-@settings(deadline=None)
 @given(seeds)
 def test_tied_layers_always_agree(seed: int):
     space = QuantSpace.from_layers(make_layers(6), ties=[("l1", "l3"), ("l3", "l4")])
@@ -390,7 +382,6 @@ def test_models_without_layers_or_with_one_name_twice_are_refused():
 # -- features (EQ-Net fact 20) ----------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.integers(3, 8), seeds)
 def test_features_are_one_hot_per_condition_and_inner_gene(count: int, seed: int):
     space = QuantSpace.from_layers(make_layers(count))
@@ -406,7 +397,6 @@ def test_features_are_one_hot_per_condition_and_inner_gene(count: int, seed: int
     assert (genes[:, :, [0, -1]] == 0).all()
 
 
-@settings(deadline=None)
 @given(seeds)
 def test_features_are_injective_on_networks_of_one_form(seed: int):
     space = QuantSpace.from_layers(make_layers(3), bits=(2, 4, 8))
@@ -431,7 +421,7 @@ def test_conditions_of_mixed_networks_are_shares():
     assert space.features(space.encode_all([config]))[0, :2].tolist() == [0.75, 0.25]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(spaces(), seeds)
 def test_features_are_a_sum_over_genes(space: QuantSpace, seed: int):
     """What the predictor's table of formats rests on."""
@@ -446,7 +436,7 @@ def test_features_are_a_sum_over_genes(space: QuantSpace, seed: int):
 
 
 @given(spaces())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_steps_go_to_the_next_bits_of_the_same_form_and_back(space: QuantSpace):
     for g, gene in enumerate(space.genes):
         for i, fmt in enumerate(gene.formats):
