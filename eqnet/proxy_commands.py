@@ -277,13 +277,15 @@ def evolve_proxies(
 
     if output.suffix != ".json":
         raise ValueError(f"a proxy is a .json file; got --output {output}.")
-    if output.exists():
-        raise ValueError(f"{output} exists already; give another --output.")
+    folder, picture = output.with_suffix(".evolution"), output.with_suffix(".png")
+    for existing in (output, picture):
+        if existing.exists() and not (existing == picture and folder.exists()):  # of an evolution that was killed
+            raise ValueError(f"{existing} exists already; give another --output.")
     benchmark, statistics = open_benchmark(file)
     settings = EvolutionSettings(
         evaluations, population, screening=screening, diversity=diversity, priority=priority, scores=scores
     )
-    console, folder = make_console(), output.with_suffix(".evolution")
+    console = make_console()
     start = time.perf_counter()
     with progress_bar(console, "evolution", evaluations * seeds) as advance:
         chosen = range(seed, seed + seeds)
@@ -315,7 +317,7 @@ def evolve_proxies(
     for i, node in enumerate(proxy.tree):
         parents[i] = waiting.pop() if i else -1
         waiting += [i] * node.arity
-    plot_tree([node.name for node in proxy.tree], parents, output.with_suffix(".png"))
+    plot_tree([node.name for node in proxy.tree], parents, picture)
     write_json(output, document)
     rejected = {reason: sum(r.rejected[reason] for r in found.values()) for reason in best.rejected}
     console.print(document["formula"], markup=False, soft_wrap=True)
@@ -323,4 +325,4 @@ def evolve_proxies(
     text = ", ".join(f"{reason} {count}" for reason, count in rejected.items())
     console.print(f"{evaluations * seeds} evaluations in {seconds:.0f} s; rejected unevaluated: {text}", soft_wrap=True)
     console.print(f"Spearman: search half {abs(best.best.spearman):.3f}, held-out half {held_out['spearman']}")
-    console.print(f"saved {output}, {output.with_suffix('.png')}", markup=False, soft_wrap=True)
+    console.print(f"saved {output}, {picture}", markup=False, soft_wrap=True)

@@ -324,6 +324,11 @@ def test_evolve_on_the_command_line(eqnet: Eqnet, tmp_path: Path) -> None:
     code, _, err = eqnet("proxies", "evolve", "t.csv", "--output", "a.json")
     assert code == 2
     assert "a.json exists already" in one_sentence(err)
+    (tmp_path / "c.png").write_bytes(b"mine")
+    code, _, err = eqnet("proxies", "evolve", "t.csv", "--output", "c.json")
+    assert code == 2
+    assert "c.png exists already" in one_sentence(err)
+    assert (tmp_path / "c.png").read_bytes() == b"mine"
 
 
 # -- search.py --------------------------------------------------------------------------------------------------------
