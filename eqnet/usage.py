@@ -21,10 +21,12 @@ FILE = "used.json"
 
 @dataclass(frozen=True)
 class Used:
-    """Attributes:
-    seconds: by part of a run: start, each phase of training, evaluation, report.
-    memory: bytes at the peak, of the main process on CPU, of its device on a GPU.
-    processes: of the last launch.
+    """What `used.json` holds.
+
+    Attributes:
+        seconds: by part of a run: start, each phase of training, evaluation, report.
+        memory: bytes at the peak, of the main process on CPU, of its device on a GPU.
+        processes: of the last launch.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)

@@ -44,7 +44,7 @@ def _counter(accelerator: Accelerator) -> Callable[[], int]:
     if accelerator.num_processes == 1:
         return numbers().__next__
     # a name of its own: the store outlives a restart of the processes by torchrun
-    name = [f"eqnet/work/{uuid.uuid4()}"]
+    name = [f"eqnet-units-{uuid.uuid4()}"]
     broadcast_object_list(name)
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(host, port, is_master=False, wait_for_workers=False)
