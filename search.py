@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from rich.console import Console
@@ -21,8 +22,9 @@ from eqnet.html_report import report_at_end
 from eqnet.nn.specialize import specialize
 from eqnet.report import comparison_table, plot_bits, plot_front, plot_predictor, write_front
 from eqnet.run import Run, open_data, versions
+from eqnet.run_files import Evaluation, read_facts
 from eqnet.scoring.emq_trees import PREFIX, find_proxy
-from eqnet.scoring.evaluation import Evaluator, build_table, uniform_configs
+from eqnet.scoring.evaluation import Evaluator, UniformAccuracy, build_table, read_rows, uniform_configs
 from eqnet.scoring.layer_statistics import gather
 from eqnet.scoring.predictor import AccuracyPredictor, fitted_predictor
 from eqnet.scoring.proxies import PROXIES, Proxy
@@ -40,7 +42,7 @@ from eqnet.search.exact import (
 from eqnet.search.proxy import proxy_search
 from eqnet.search.scope import Scope, open_scope, read_target_subnet, search_settings, target_header
 from eqnet.settings import Settings
-from eqnet.space import ALL_FORMS, BoundBudget, Budget, CostModel, Genomes, QuantConfig
+from eqnet.space import ALL_FORMS, BoundBudget, Budget, CostModel, Form, Genomes, QuantConfig
 from eqnet.space.hardware import load_target
 from eqnet.subnet import save_subnet
 from eqnet.tracking import Tracker
@@ -132,14 +134,18 @@ def main() -> None:
     accelerator = Accelerator()
     console = make_console()
     data = open_data(run)
-    supernet.to(accelerator.device)
+    layout = torch.channels_last if settings.train.channels_last else torch.contiguous_format  # as in training
+    supernet.to(accelerator.device, memory_format=layout)
     trained = Evaluator.from_data(supernet, data, settings, accelerator.device)
+    if bound is not None and plain and proxy is None and settings.train.compile != "off":
+        trained.compile_for(configs_to_measure(run, settings) // accelerator.num_processes)
     evaluator = trained if target is None else trained.of(specialize(supernet, target))
     console.print(f"run {run.path}, {f'budget {budget}' if subnet is None else arguments.subnet}")
     console.print(scope.describe())
     if bound is None:
         assert subnet is not None
         return measure_subnet(subnet, scope, evaluator, accelerator, console)
+    trained.learn_uniform(measured_uniform(run, settings))
     tracker = Tracker(run.path, settings.tracking, settings.project, settings.model_dump(), accelerator.is_main_process)
     job = Job(arguments, run, settings, scope, bound, evaluator, accelerator, tracker, console)
     try:
@@ -154,6 +160,27 @@ def main() -> None:
     if accelerator.is_main_process:
         report_at_end(run.path, console)
     return None
+
+
+def configs_to_measure(run: Run, settings: Settings) -> int:
+    """How many configs a search on the predictor measures: missing rows of the table, and the winners of its rounds."""
+    s, rows = settings.search, dict(read_rows(run.path / "table"))
+    return max(s.table_size - len(rows), 0) + s.rounds * s.top_k
+
+
+def measured_uniform(run: Run, settings: Settings) -> list[UniformAccuracy]:
+    """The uniform configs that the run was evaluated on, unless this search measures on other images."""
+
+    def images(of: Settings) -> tuple[int, int, int | None]:
+        return of.seed, of.search.bn_images, of.search.max_validation_images
+
+    evaluation = read_facts(run.path / "evaluation.json", Evaluation)
+    if evaluation is None or images(settings) != images(run.settings):
+        return []
+    return [
+        UniformAccuracy(u.bits, Form.parse(u.form), {"validation": u.validation, "test": u.test})
+        for u in evaluation.uniform
+    ]
 
 
 def refuse_metamix(arguments: argparse.Namespace, run: Run) -> None:

@@ -1,10 +1,10 @@
 """Speed benchmarks: every figure is a ratio against its floor, measured side by side in one run.
 
-    python -m benchmarks [topic ...] [--short] [--output folder] [--page docs/performance.md]
+    python -m benchmarks [topic ...] [--full | --short] [--output folder] [--page docs/performance.md]
 
-Prints tables and writes `<topic>.json` into the folder. All topics take a quarter of an hour to an hour on 2 cores, by their
-instruction sets; `--short` runs everything on tiny nets in minutes, to see that it works. `--page` fills a page with the tables of
-the folder.
+Prints tables and writes `<topic>.json` into the folder. All topics take less than a quarter of an hour on 2 cores. `--full` adds
+ResNet-18 at 224 px and more repetitions, which takes an hour or more; `--short` runs everything on tiny nets, to see that it works.
+`--page` fills a page with the tables of the folder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ def main() -> None:
     """Runs the topics one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("topics", nargs="*", metavar="topic", help=", ".join(TOPICS))
-    parser.add_argument("--short", action="store_true", help="tiny nets, to see that it works")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--short", dest="size", action="store_const", const="short", help="tiny nets, to see that it works"
+    )
+    how.add_argument("--full", dest="size", action="store_const", const="full", help="ResNet-18 at 224 px besides")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--page", type=Path, help="fill this page with the tables of the folder; measure nothing")
     arguments = parser.parse_args()
@@ -47,7 +51,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     for topic in arguments.topics or TOPICS:
         start = time.perf_counter()
-        rows = importlib.import_module(f"benchmarks.{topic}").run(arguments.short)
+        rows = importlib.import_module(f"benchmarks.{topic}").run(arguments.size or "usual")
         show(console, topic, rows)
         seconds = time.perf_counter() - start
         write_json(arguments.output / f"{topic}.json", {"machine": machine(), "seconds": seconds, "rows": rows})

@@ -4,7 +4,7 @@ Calibration initialises the step sizes of all formats (7 bit-widths x 2 symmetri
 weights, and of all inputs in one forward pass through the largest subnet. Its floor is that pass in floating point: same
 batches, channels_last, BN statistics of the batch.
 
-    python -m benchmarks calibration_speed [--short] [--output folder]
+    python -m benchmarks calibration_speed [--full | --short] [--output folder]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import eqnet.nn.models  # noqa: F401  registers the CIFAR ResNets with timm
-from benchmarks.timing import interleave, ratio
+from benchmarks.timing import Size, interleave, nets_of, ratio
 from eqnet.command import keep_freed_memory
 from eqnet.nn.calibration import CALIBRATION_CANDIDATES, CALIBRATION_NORM, in_threads
 from eqnet.nn.functional import code_range
@@ -42,7 +42,7 @@ class Net(NamedTuple):
 
 
 NETS = {
-    "resnet18, 224 px, 64 images": Net("resnet18", 224, 1000, 64, 32, "layer3.1.conv1"),
+    "resnet18, 224 px, 256 images": Net("resnet18", 224, 1000, 256, 32, "layer3.1.conv1"),
     "cifar_resnet20, 32 px, 256 images": Net("cifar_resnet20", 32, 10, 256, 128, "layer2.1.conv1"),
 }
 SHORT = {"cifar_resnet20, 16 px, 16 images": Net("cifar_resnet20", 16, 10, 16, 8, "layer2.1.conv1")}
@@ -210,18 +210,18 @@ def print_memory(net: str, batch: int) -> None:
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
-def run(short: bool) -> dict[str, Any]:
+def run(size: Size) -> dict[str, Any]:
     """Calibration and its parts against its floor, an exhaustive scan extrapolated, growth with the rows, and memory."""
     out: dict[str, Any] = {}
-    threads = torch.get_num_threads()
+    threads, rounds = torch.get_num_threads(), 1 if size == "short" else 3
     torch.set_num_threads(THREADS)
     try:
-        for name, net in (SHORT if short else NETS).items():
-            out[name] = parts(net, 1 if short else 3)
+        for name, net in nets_of(size, NETS, SHORT).items():
+            out[name] = parts(net, rounds)
             out[f"{name}: scan of all values (our own code)"] = extrapolated_scan(
                 net, out[name]["calibration"]["seconds"]
             )
-            out[f"{name}: weights of larger spaces"] = growth(net, 1 if short else 3)
+            out[f"{name}: weights of larger spaces"] = growth(net, rounds)
             out[f"{name}: memory beyond model and images"] = memory(name)
     finally:
         torch.set_num_threads(threads)

@@ -1,6 +1,6 @@
 """`train.py --estimate` beside what the run then used: alone on the machine, and while other processes keep all cores busy.
 
-python -m benchmarks estimate [--short] [--output folder]
+python -m benchmarks estimate [--full | --short] [--output folder]
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.timing import Size
 from eqnet.usage import Used
 
 ROOT = Path(__file__).resolve().parent.parent
-# the digits run of the README with 4 epochs of each phase instead of 30
-RUN = ["tracking=none", "pretrain.epochs=4", "train.epochs=4", "train.evaluate_epochs=0"]
-SHORT_RUN = [*RUN, "pretrain.epochs=1", "train.epochs=1", "data.max_images=200", "model.arguments={width: 4}"]
+# the digits run of the README with fewer epochs of each phase instead of 30
+EPOCHS = {"short": 1, "usual": 1, "full": 4}
+RUN = ["tracking=none", "train.evaluate_epochs=0"]
+TINY = ["data.max_images=200", "model.arguments={width: 4}"]
 
 
 def train(folder: Path, *arguments: str) -> str:
@@ -59,9 +61,10 @@ def estimated(folder: Path, settings: list[str]) -> dict[str, float]:
     return {**seconds, "memory": float(memory) * (1024 if unit == "G" else 1)}
 
 
-def run(short: bool) -> dict[str, Any]:
+def run(size: Size) -> dict[str, Any]:
     """A run, then estimates of it."""
-    settings, repeats = (SHORT_RUN, 1) if short else (RUN, 2)
+    epochs, repeats = EPOCHS[size], 2 if size == "full" else 1
+    settings = [*RUN, f"pretrain.epochs={epochs}", f"train.epochs={epochs}", *(TINY if size == "short" else [])]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         train(folder, *settings, "output=run")
@@ -82,4 +85,4 @@ def run(short: bool) -> dict[str, Any]:
             chosen = values.get(part) or [e[part] for e in estimates]
             rows[row][name] = float(np.median(chosen))
             rows[row][f"{name} / used"] = float(np.median(chosen)) / max(rows[row]["used"], 1e-9)
-    return {"estimate of the digits run, 4 + 4 epochs": rows}
+    return {f"estimate of the digits run, {epochs} + {epochs} epochs": rows}

@@ -5,7 +5,7 @@ in contiguous layout on the same images, in eval mode for classification and in 
 run in one process that keeps freed memory, as train.py and search.py do; what that is worth is measured as well. Integer
 variants are left out on a CPU that has no integer kernels.
 
-    python -m benchmarks evaluation_speed [--short] [--output folder]
+    python -m benchmarks evaluation_speed [--full | --short] [--output folder]
     python -m benchmarks.evaluation_speed accuracy --run folder [--json FILE] [--plot FILE]
     python -m benchmarks.evaluation_speed augmentation --run folder [--json FILE]
     python -m benchmarks.evaluation_speed plot --json FILE --plot FILE
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 import eqnet.nn.models  # noqa: F401  registers the CIFAR ResNets with timm
 from benchmarks.tables import show
-from benchmarks.timing import interleave, ratio
+from benchmarks.timing import Size, interleave, nets_of, ratio
 from eqnet.augment import Augment
 from eqnet.checkpoint import read_json, write_json
 from eqnet.command import keep_freed_memory
@@ -56,6 +56,12 @@ NETS = {
 }
 SHORT = {"cifar_resnet20, 16 px, batch 8": ("cifar_resnet20", 16, 8)}
 UNIT = "float, contiguous"
+# configs, draws of recalibration images, validation images, recalibration images at most
+SAMPLES: dict[Size, tuple[int, int, int, int]] = {
+    "short": (2, 2, 64, 128),
+    "usual": (6, 3, 3000, 512),
+    "full": (12, 6, 3000, 2048),
+}
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
@@ -346,14 +352,14 @@ def plot_recalibration(rows: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def accuracy_rows(run: Run, short: bool) -> dict[str, Any]:
+def accuracy_rows(run: Run, size: Size) -> dict[str, Any]:
     """Agreement and recalibration on the supernet of a run."""
     supernet, data, augment = run.load_supernet()[0], open_data(run), run.settings.data.augment
-    configs, draws, images = (2, 2, 64) if short else (12, 6, 3000)
-    largest = 128 if short else min(2048, len(data.train))
+    configs, draws, images, largest = SAMPLES[size]
+    largest = min(largest, len(data.train))
     sizes = [n for n in (32, 64, 128, 256, 512, 1024, 2048) if n <= largest]
     return {
-        "agreement": agreement_rows(supernet, data, augment, 2 if short else 30, images),
+        "agreement": agreement_rows(supernet, data, augment, 30 if size == "full" else configs, images),
         "augmentation": augmentation_rows(supernet, data, augment, configs, images),
         "recalibration": recalibration_rows(supernet, data, augment, sizes, configs, draws, images),
     }
@@ -362,20 +368,21 @@ def accuracy_rows(run: Run, short: bool) -> dict[str, Any]:
 # -- everything -------------------------------------------------------------------------------------------------------
 
 
-def run(short: bool) -> dict[str, Any]:
-    """Speed on two networks, configs per second, memory, and accuracies on digits."""
+def run(size: Size) -> dict[str, Any]:
+    """Speed on the networks, configs per second, memory, and accuracies on digits."""
     keep_freed_memory()
     out: dict[str, Any] = {}
-    for net in SHORT if short else NETS:
+    short, nets = size == "short", nets_of(size, NETS, SHORT)
+    for net in nets:
         out[f"{net}: classification"], out[f"{net}: recalibration"] = forward_rows(net, 1 if short else 11)
-    for net in SHORT if short else NETS:
+    for net in nets:
         large = "224" in net
         bn, images, configs = (16, 16, 2) if short else (128, 256, 3) if large else (512, 4096, 6)
         out[f"{net}: configs"] = config_rows(net, bn, images, configs)
-    for net in SHORT if short else NETS:
-        out[f"{net}: memory"] = malloc_rows(net, 1 if short else 3)
+    for net in nets:
+        out[f"{net}: memory"] = malloc_rows(net, {"short": 1, "usual": 2, "full": 3}[size])
     with tempfile.TemporaryDirectory() as folder:
-        for name, rows in accuracy_rows(Run.open(train_digits(Path(folder) / "digits", short)), short).items():
+        for name, rows in accuracy_rows(Run.open(train_digits(Path(folder) / "digits", short)), size).items():
             out[f"digits: {name}"] = rows
     return out
 
@@ -409,7 +416,7 @@ def main() -> None:
         data, augment = open_data(opened), opened.settings.data.augment
         rows = augmentation_rows(opened.load_supernet()[0], data, augment, 12, 3000)
     else:
-        rows = accuracy_rows(opened, short=False)
+        rows = accuracy_rows(opened, "full")
     show(Console(width=170, highlight=False), arguments.run, rows)
     if arguments.json is not None:
         write_json(arguments.json, rows)

@@ -3,7 +3,7 @@
 Synthetic photographs of ImageNet's usual size are written as image files and as tar files. Every variant decodes, crops
 (RandomResizedCrop to 224), mirrors and normalises the same images; an epoch counts with the start of its workers.
 
-    python -m benchmarks input_pipeline [--short] [--output folder]
+    python -m benchmarks input_pipeline [--full | --short] [--output folder]
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from benchmarks.timing import interleave
+from benchmarks.timing import Size, interleave
 from eqnet.batches import Batches
 from eqnet.data import load_data
 from eqnet.settings import load_settings
@@ -112,9 +112,10 @@ def opening(folder: Path, kind: str) -> float:
     return count / min(seconds)
 
 
-def run(short: bool) -> dict[str, Any]:
+def run(size: Size) -> dict[str, Any]:
     """Images per second of each reader and number of workers, interleaved."""
-    count, rounds, workers = (2 * BATCH + 8, 1, [0]) if short else (5 * BATCH, 5, [0, 1, 2])
+    sizes = {"short": (2 * BATCH + 8, 1, [0]), "usual": (3 * BATCH, 3, [0, 2]), "full": (5 * BATCH, 5, [0, 1, 2])}
+    count, rounds, workers = sizes[size]
     torch.set_num_threads(1)
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:

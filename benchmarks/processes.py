@@ -2,7 +2,7 @@
 
 The same configs, recalibrated and measured one after the other; per process as many threads as leave no core to two of them.
 
-    python -m benchmarks processes [--short] [--output folder]
+    python -m benchmarks processes [--full | --short] [--output folder]
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 
 from benchmarks.evaluation_speed import build
+from benchmarks.timing import Size
 from eqnet.command import keep_freed_memory
 from eqnet.scoring.evaluation import Evaluator, table_genomes
 
@@ -53,10 +54,11 @@ def measure_share(net: str, configs: int) -> None:
     accelerator.end_training()
 
 
-def run(short: bool) -> dict[str, Any]:
+def run(size: Size) -> dict[str, Any]:
     """Configs per second of each number of processes, interleaved."""
-    net, configs, rounds = (SHORT_NET, 2, 1) if short else (NET, 6, 3)
-    variants = {name: v for name, v in VARIANTS.items() if not short or v[0] == 2}
+    net = SHORT_NET if size == "short" else NET
+    configs, rounds = {"short": (2, 1), "usual": (4, 1), "full": (6, 3)}[size]
+    variants = {name: v for name, v in VARIANTS.items() if size != "short" or v[0] == 2}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(rounds):
         for name in list(variants) if i % 2 == 0 else reversed(variants):

@@ -4,7 +4,7 @@ The floor of the genetic search is the bare prediction of as many configs in one
 that of costs is the gather and sum of numpy with ready-made indices; that of predictions is one product of matrices with
 ready-made inputs (the first layer of the predictor alone, as BLAS would do it).
 
-    OMP_NUM_THREADS=1 python -m benchmarks search_speed [--short] [--output folder]
+    OMP_NUM_THREADS=1 python -m benchmarks search_speed [--full | --short] [--output folder]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from deap import tools
 from numpy.typing import NDArray
 
-from benchmarks.timing import Timing, interleave, ratio
+from benchmarks.timing import Size, Timing, interleave, ratio
 from eqnet.scoring.predictor import AccuracyPredictor
 from eqnet.search import genetic, genetic_search, pareto_search, variation
 from eqnet.space import ALL_FORMS, COSTS, BoundBudget, Budget, Genomes, LayerInfo, MeanBitsSampler, QuantSpace
@@ -248,6 +248,7 @@ def growth_table(short: bool) -> dict[str, Any]:
     return {f"growth: {5 if short else 100} generations": table(timings, {})}
 
 
-def run(short: bool) -> dict[str, Any]:
+def run(size: Size) -> dict[str, Any]:
     """Genetic search with its parts, NSGA-II, 100,000 costs and predictions, and growth."""
+    short = size == "short"
     return {**genetic_tables(short), **pareto_table(short), **lookup_table(short), **growth_table(short)}

@@ -9,10 +9,23 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+
+Size = Literal["short", "usual", "full"]  # tiny nets, nets of small images, ResNet-18 at 224 px besides
+Net = TypeVar("Net")
+
+
+def nets_of(size: Size, nets: Mapping[str, Net], tiny: Mapping[str, Net]) -> Mapping[str, Net]:
+    """The nets of a size, from all by title and the tiny ones.
+
+    >>> list(nets_of("usual", {"a, 32 px": 1, "b, 224 px": 2}, {"c": 3}))
+    ['a, 32 px']
+    """
+    small = {name: net for name, net in nets.items() if "224 px" not in name}
+    return {"short": tiny, "usual": small, "full": nets}[size]
 
 
 class Timing(NamedTuple):

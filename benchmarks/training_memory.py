@@ -1,6 +1,6 @@
 """Peak resident memory of a process that trains: the variants of `training_step`, each in a process of its own.
 
-python -m benchmarks training_memory [--short] [--output folder]
+python -m benchmarks training_memory [--full | --short] [--output folder]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.timing import Size, nets_of
 from benchmarks.training_step import FLOORS, NETS, SHORT, VARIANTS, make_step
 from eqnet.command import keep_freed_memory
 
@@ -23,11 +24,11 @@ def peak_memory(net: str, variant: str) -> float:
     return float(done.stdout.splitlines()[-1])
 
 
-def run(short: bool) -> dict[str, Any]:
+def run(size: Size) -> dict[str, Any]:
     """MiB of every variant, and the ratio to its floor."""
     out: dict[str, Any] = {}
-    for net in SHORT if short else NETS:
-        chosen = [v for v in VARIANTS if not short or v in ("float32, channels_last", "supernet float32, eager")]
+    for net in nets_of(size, NETS, SHORT):
+        chosen = [v for v in VARIANTS if size != "short" or v in ("float32, channels_last", "supernet float32, eager")]
         memory = {variant: peak_memory(net, variant) for variant in chosen}
         out[net] = {
             variant: {"peak [MiB]": mib, "/ its floor": mib / memory[FLOORS[VARIANTS[variant][2]]]}

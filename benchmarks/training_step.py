@@ -4,7 +4,7 @@ A supernet step trains three subnets (largest, random, smallest) with guidance a
 updates once. Its floor is three plain float steps with the same layout and precision. 1.00 is three plain float32 steps in
 contiguous layout, which is what most people train with. Variants in bf16 are left out on a CPU without bf16 instructions.
 
-    python -m benchmarks training_step [--short] [--output folder]
+    python -m benchmarks training_step [--full | --short] [--output folder]
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 import eqnet.nn.models  # noqa: F401  registers the CIFAR ResNets with timm
-from benchmarks.timing import interleave, ratio
+from benchmarks.timing import Size, interleave, nets_of, ratio
 from eqnet.nn.kernels import choose_kernels, traced_kernels
 from eqnet.nn.supernet import Supernet
 from eqnet.settings import TrainSettings
@@ -147,13 +147,13 @@ def measured(net: str, variants: Iterable[str], rounds: int, warmup: int) -> dic
     return rows
 
 
-def run(short: bool) -> dict[str, Any]:
-    """Seconds and ratios of all variants of both networks, shares of a step, and growth with batch and depth."""
+def run(size: Size) -> dict[str, Any]:
+    """Seconds and ratios of all variants of the networks, shares of a step, and growth with batch and depth if full."""
     out: dict[str, Any] = {}
-    rounds, warmup = (1, 1) if short else (5, 1)
-    for net in SHORT if short else NETS:
+    rounds, warmup = (1, 1) if size == "short" else (5, 1)
+    for net in nets_of(size, NETS, SHORT):
         # compiling a whole network takes a minute, for a tiny one too
-        chosen = [v for v, (_, mode, _, _) in VARIANTS.items() if not (short and mode == "network")]
+        chosen = [v for v, (_, mode, _, _) in VARIANTS.items() if size == "full" or mode != "network"]
         out[net] = measured(net, chosen, rounds, warmup)
         for variant in [v for v, (_, mode, _, _) in VARIANTS.items() if mode == "on"]:
             step = make_step(net, variant)
@@ -161,7 +161,7 @@ def run(short: bool) -> dict[str, Any]:
                 step()
             out.setdefault(f"{net}: where the time goes [%]", {})[variant] = profiled(step)
     pair = ("float32, channels_last", "supernet float32, compiled")
-    if short:
+    if size != "full":
         return out
     out["growth with batch and depth, float32"] = {
         net: {

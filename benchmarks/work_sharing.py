@@ -2,7 +2,7 @@
 
 Units of work are waits, so the figures are those of the sharing alone. One of the processes is slower than the others.
 
-    python -m benchmarks work_sharing [--short] [--output folder]
+    python -m benchmarks work_sharing [--full | --short] [--output folder]
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import timm
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from benchmarks.timing import Size
 from eqnet.nn.supernet import trace_layers
 from eqnet.scoring.evaluation import read_rows, table_genomes
 from eqnet.scoring.work import shared
@@ -87,9 +88,9 @@ def bookkeeping(count: int) -> dict[str, Any]:
     return {name: {"rows per second": speed} for name, speed in speeds.items()}
 
 
-def run(short: bool) -> dict[str, Any]:
+def run(size: Size) -> dict[str, Any]:
     """Seconds for all units both ways, and how many units all processes together can take in a second."""
-    units, counts = (40, [2]) if short else (400, [2, 4])
+    units, counts = {"short": (40, [2]), "usual": (100, [2, 4]), "full": (400, [2, 4])}[size]
     rows: dict[str, Any] = {}
     taken: dict[str, Any] = {}
     for processes in counts:
@@ -100,7 +101,10 @@ def run(short: bool) -> dict[str, Any]:
         for row in found.values():
             row["/ best possible"] = row["seconds"] / best
         rows[f"{processes} processes, one {SLOWER:g} times slower, {units} units of {1000 * UNIT:g} ms"] = found
-    return rows | {"units that take no time": taken, "rows of a table, ResNet-18": bookkeeping(50 if short else 1000)}
+    return rows | {
+        "units that take no time": taken,
+        "rows of a table, ResNet-18": bookkeeping(50 if size == "short" else 1000),
+    }
 
 
 if __name__ == "__main__":

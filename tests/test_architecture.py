@@ -7,8 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import resolve_data_config
 
+from eqnet.augment import image_transforms
+from eqnet.nn.supernet import Supernet
 from eqnet.settings import Settings, dump_settings, load_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +79,24 @@ def test_every_public_name_resolves() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "train").rglob("*.yaml")), ids=lambda p: p.name)
 def test_every_settings_file_loads_and_differs_from_the_defaults(path: Path) -> None:
     assert load_settings([str(path)]) != Settings()
+
+
+def test_imagenet_recipes_fit_their_models() -> None:
+    """The bits of a recipe are in the space of its model, and its transform is one of timm's; random weights, no images."""
+    for path in sorted((ROOT / "configs" / "train").glob("imagenet_*.yaml")):
+        settings = load_settings([str(path)])
+        with torch.device("meta"):
+            model = timm.create_model(settings.model.name, num_classes=1000)
+        config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
+        size = config["input_size"]
+        supernet = Supernet.from_model(model, size, **settings.space.model_dump(exclude={"targets"}))
+        assert not supernet.uncovered
+        assert {f.bits for g in supernet.space.genes for f in g.formats} == {8, *settings.space.bits}
+        training, evaluation = image_transforms(size, config["mean"], config["std"], config, settings.data.transform)
+        image = Image.fromarray(np.zeros((300, 400, 3), np.uint8))
+        assert training(image).shape == evaluation(image).shape == size
+        assert settings.train.precision == "bf16"
+        assert settings.model.pretrained
 
 
 def test_settings_survive_their_file(tmp_path: Path) -> None:

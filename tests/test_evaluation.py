@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from eqnet.checkpoint import read_json, write_json
 from eqnet.nn.integer import kernels_available
 from eqnet.nn.supernet import Supernet
-from eqnet.scoring.evaluation import Evaluator, Integer, accuracy, build_table
+from eqnet.scoring.evaluation import (
+    Evaluator,
+    Integer,
+    UniformAccuracy,
+    accuracy,
+    build_table,
+    evaluate_uniform,
+    uniform_configs,
+)
 
 needs_kernels = pytest.mark.skipif(not kernels_available(), reason="this CPU has no integer kernels")
 Images = Callable[..., Tensor]
@@ -91,6 +99,31 @@ def test_a_table_is_measured_one_way(tmp_path: Path, evaluator: Callable[[Intege
         build_table(evaluator("on"), other, 3, 0, accelerator)
         with pytest.raises(ValueError, match=r"search\.integer=on"):
             build_table(simulation, other, 3, 0, accelerator)
+
+
+def test_uniform_configs_are_not_measured_twice(evaluator: Callable[[Integer], Evaluator]) -> None:
+    simulation, accelerator, splits = evaluator("off"), Accelerator(), ["validation", "test"]
+    rows = evaluate_uniform(simulation, splits, accelerator)
+    simulation.learn_uniform(
+        [UniformAccuracy(r.bits, r.form, {s: v + 200 for s, v in r.accuracy.items()}) for r in rows]
+    )
+    configs = [config for _, _, config in uniform_configs(simulation.supernet.space)]
+    other = simulation.supernet.space.sample(np.random.default_rng(0))
+    ticks: list[None] = []
+    values = simulation.measure_all([other, *configs], splits, accelerator, lambda: ticks.append(None))
+    assert values[1:].tolist() == [[200 + r.accuracy[s] for s in splits] for r in rows]
+    assert values[0].tolist() == simulation.measure(other, *splits)
+    assert len(ticks) == len(configs) + 1
+
+
+@needs_kernels
+def test_validation_accuracies_of_the_simulation_are_not_taken_for_those_of_integers(
+    evaluator: Callable[[Integer], Evaluator],
+) -> None:
+    integer, (bits, form, config) = evaluator("on"), uniform_configs(evaluator("on").supernet.space)[0]
+    integer.learn_uniform([UniformAccuracy(bits, form, {"validation": 200.0, "test": 300.0})])
+    assert integer.measure_all([config], ["test"], Accelerator()).tolist() == [[300.0]]
+    assert integer.measure_all([config], ["validation"], Accelerator()).max() <= 100
 
 
 def test_integers_where_there_are_none_are_refused(supernet: Supernet, images: Images) -> None:
