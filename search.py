@@ -135,7 +135,7 @@ def main() -> None:
     console = make_console()
     data = open_data(run)
     layout = torch.channels_last if settings.train.channels_last else torch.contiguous_format  # as in training
-    supernet.to(accelerator.device, memory_format=layout)
+    supernet.to(accelerator.device).to(memory_format=layout)
     trained = Evaluator.from_data(supernet, data, settings, accelerator.device)
     if bound is not None and plain and proxy is None and settings.train.compile != "off":
         trained.compile_for(configs_to_measure(run, settings) // accelerator.num_processes)

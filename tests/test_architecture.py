@@ -90,7 +90,7 @@ def test_imagenet_recipes_fit_their_models() -> None:
         config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
         size = config["input_size"]
         supernet = Supernet.from_model(model, size, **settings.space.model_dump(exclude={"targets"}))
-        assert not supernet.uncovered
+        assert supernet.uncovered in ([], ["pos_embed"])
         assert {f.bits for g in supernet.space.genes for f in g.formats} == {8, *settings.space.bits}
         training, evaluation = image_transforms(size, config["mean"], config["std"], config, settings.data.transform)
         image = Image.fromarray(np.zeros((300, 400, 3), np.uint8))
