@@ -142,14 +142,16 @@ def main() -> None:
     parser.add_argument("--configs", type=int, default=200)
     parser.add_argument("--plan-images", type=int, default=64)
     parser.add_argument("--plan-size", type=int, default=224)
-    parser.add_argument("--plan-scores", nargs="+", choices=SCORES, default=["fisher", "gradient"])
+    parser.add_argument("--plan-scores", nargs="*", choices=SCORES, default=["fisher", "gradient"])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     console, accelerator = Console(width=200, highlight=False), Accelerator()
     run = Run.open(arguments.run)
     supernet, _ = run.load_supernet()
     data = open_data(run)
-    evaluator = Evaluator.from_data(supernet.to(accelerator.device), data, run.settings, accelerator.device)
+    supernet.to(accelerator.device).to(memory_format=torch.channels_last)
+    evaluator = Evaluator.from_data(supernet, data, run.settings, accelerator.device)
+    evaluator.compile_for(arguments.configs)
     table = build_table(evaluator, run.path / "table", arguments.configs, run.settings.seed, accelerator)
     batches = score_batches(data, run.settings, accelerator.device)
     scores: dict[str, Any] = {"best uniform": best_uniform(evaluator, accelerator)}
@@ -160,11 +162,13 @@ def main() -> None:
         scores[name] = row | accuracies(found, evaluator, accelerator)
         if name == arguments.scores[0]:
             gap = gaps(found, evaluator, run)
-    plan = plan_seconds(arguments.plan_images, arguments.plan_size, arguments.plan_scores)
-    rows = {"scores": scores, f"genetic search on {arguments.scores[0]}": gap, "plan of ResNet-18, CPU seconds": plan}
+    rows = {"scores": scores, f"genetic search on {arguments.scores[0]}": gap}
+    if arguments.plan_scores:
+        plan = plan_seconds(arguments.plan_images, arguments.plan_size, arguments.plan_scores)
+        rows["plan of ResNet-18, CPU seconds"] = plan
     show(console, f"{run.path.name}, {len(table)} configs", rows)
     if arguments.json is not None:
-        save(arguments.json, rows, data=run.settings.data.name, model=run.settings.model.name, configs=len(table))
+        save(arguments.json, rows, data=Path(run.settings.data.name).stem, model=run.settings.model.name, configs=len(table))
 
 
 if __name__ == "__main__":
