@@ -26,12 +26,12 @@ from eqnet.report import plot_stability, plot_uniform, uniform_table
 from eqnet.run import Run, create_float_model, open_data, versions
 from eqnet.scoring.evaluation import Evaluator, accuracy, evaluate_uniform, uniform_configs
 from eqnet.settings import Settings, load_settings
-from eqnet.space import Budget
+from eqnet.space import COSTS, Budget
 from eqnet.subnet import describe_subnet, save_subnet
 from eqnet.tracking import Tracker
 from eqnet.training.finetune import build_supernet, complete_settings, note_first_accuracy, store_subnet
 from eqnet.training.loop import make_accelerator
-from eqnet.training.metamix import bind_budget, branch_configs
+from eqnet.training.metamix import bind_budget, branch_configs, budget_costs
 from eqnet.training.stability import Stability
 from eqnet.training.trainer import Trainer, export_facts
 from eqnet.usage import Used
@@ -230,7 +230,8 @@ def evaluate_subnet(
     if run.settings.metamix.budget is not None:
         header |= {"method": "metamix", "budget": str(Budget.parse(run.settings.metamix.budget))}
         report_stability(run, tracker, console)
-    document = {**header, **describe_subnet(config, space, accuracies)}
+    costs = COSTS if run.settings.metamix.budget is None else budget_costs(run.settings)
+    document = {**header, **describe_subnet(config, space, accuracies, costs)}
     save_subnet(run.path, evaluator.supernet, config, evaluator.bn_batches, document)
     tracker.log({f"{s}/subnet": value for s, value in found.items()}, tracker.last_step)
     return {"subnet": accuracies}

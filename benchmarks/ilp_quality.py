@@ -168,7 +168,13 @@ def main() -> None:
         rows["plan of ResNet-18, CPU seconds"] = plan
     show(console, f"{run.path.name}, {len(table)} configs", rows)
     if arguments.json is not None:
-        save(arguments.json, rows, data=Path(run.settings.data.name).stem, model=run.settings.model.name, configs=len(table))
+        save(
+            arguments.json,
+            rows,
+            data=Path(run.settings.data.name).stem,
+            model=run.settings.model.name,
+            configs=len(table),
+        )
 
 
 if __name__ == "__main__":

@@ -30,10 +30,9 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
-from benchmarks.timing import machine
+from benchmarks.tables import save, show
 from eqnet.checkpoint import read_json, write_json
 from eqnet.data import Batches, calibration_batches
 from eqnet.nn.supernet import Supernet
@@ -308,21 +307,26 @@ def main() -> None:
                 results.setdefault(bench.budget(share), {}).setdefault(method, []).append(bench.run(method, share))
         stability.append(instabilities(bench))
         console.print(f"seed {seed} done")
-    table = Table("budget", "", "test", "validation", "reached / asked", "seconds", title=f"{arguments.seeds} seeds")
-    for budget, methods in results.items():
-        for method, rows in methods.items():
-            part = [row["reached"] / row["asked"] for row in rows]
-            cells = [statistics([row[k] for row in rows]) for k in ("test", "validation")]
-            table.add_row(
-                budget, method, *cells, statistics(part, ".3f"), f"{np.mean([r['seconds'] for r in rows]):.0f}"
-            )
-    console.print(table)
-    ratios: dict[str, Any] = {n: [s[n] / s["before"] for s in stability] for n in stability[0] if n != "before"}
-    for name, values in ratios.items():
-        console.print(f"instability after {name}, as a part of that before: {statistics(values)}")
+    rows: dict[str, Any] = {
+        budget: {
+            method: {
+                "test %": statistics([row["test"] for row in found]),
+                "validation %": statistics([row["validation"] for row in found]),
+                "reached / asked": statistics([row["reached"] / row["asked"] for row in found], ".3f"),
+                "seconds": float(np.mean([row["seconds"] for row in found])),
+            }
+            for method, found in methods.items()
+        }
+        for budget, methods in results.items()
+    }
+    rows["instability of BN inputs, as a part of that before"] = {
+        f"after {name}": {"ratio": statistics([s[name] / s["before"] for s in stability])}
+        for name in stability[0]
+        if name != "before"
+    }
+    show(console, f"{arguments.seeds} seeds", rows)
     if arguments.json:
-        document = {"settings": arguments.settings, "results": results, "instability": stability, "machine": machine()}
-        write_json(arguments.json, document)
+        save(arguments.json, rows, settings=Path(arguments.settings[0]).name, seeds=arguments.seeds)
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ def _subnet_files(run: Run) -> list[Path]:
 
 def _read_search(path: Path, run: Path, space: QuantSpace) -> Search:
     config, target = read_target_subnet(path, space)
-    facts, costs = read_facts(path, SubnetFacts), COSTS if target is None else target_costs(target)
+    facts, costs = read_facts(path, SubnetFacts), target_costs(target)
     assert facts is not None
     name = "subnet" if path.parent == run else path.parent.name
     front = path.with_name("pareto.csv")

@@ -145,6 +145,7 @@ class MetaMixSettings(_Section):
     """MetaMix: bits are selected while training, within a budget; two phases before that of the supernet."""
 
     budget: Annotated[str | None, BeforeValidator(_text)] = None  # as in search.py; None: no selection
+    latency_table: str | None = None  # times of layers on the device, for a budget that limits latency
     select_epochs: int = Field(10, ge=1)
     warmup_epochs: int = Field(2, ge=0)  # of the selection, bit-meta only
     logit_lr: float = Field(0.1, gt=0)

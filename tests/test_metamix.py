@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from eqnet.checkpoint import load_tensors
 from eqnet.nn.supernet import Supernet, frozen_batch_norm
 from eqnet.run import Run
-from eqnet.settings import TrainSettings
+from eqnet.settings import TrainSettings, load_settings
 from eqnet.space import COSTS, Budget, QuantConfig, QuantSpace
+from eqnet.space.latency import LatencyTable, LayerShape
 from eqnet.training.metamix import (
     BitSelection,
+    bind_budget,
     bit_meta_step,
     bit_search_step,
     branch_configs,
@@ -304,6 +306,32 @@ def test_statistics_of_bn_inputs_are_those_of_the_network(cnn, images) -> None:
     assert all(torch.equal(t, before[n]) for n, t in everything(supernet).items())
 
 
+def test_a_limit_on_latency_takes_times_from_a_table(cnn: nn.Module, images, tmp_path: Path) -> None:
+    space = elastic(cnn, images).space
+    settings = load_settings(["metamix.budget=latency=11ms"])
+    with pytest.raises(ValueError, match=r"metamix\.latency_table=FILE"):
+        bind_budget(Run.unsaved(settings), space)
+    entries = {}
+    for info in space.layers:
+        for weight in space.choices(info.name, "weight"):
+            for act in space.choices(info.name, "act"):
+                entries[LayerShape.of(info), weight, act] = float(act.bits)  # ms
+    table = tmp_path / "times.json"
+    table.write_text(json.dumps(LatencyTable(entries, 1.0).to_json()))
+    fastest = bind_budget(
+        Run.unsaved(load_settings(["metamix.budget=latency=1s", f"metamix.latency_table={table}"])), space
+    )
+    cost = fastest.costs[0]
+    assert cost.of(space.smallest()) == 1 + sum(c.act.bits for _, c in space.smallest().items() if c.act is not None)
+    limit = (cost.minimum + cost.of(space.largest())) / 2
+    bound = bind_budget(
+        Run.unsaved(load_settings([f"metamix.budget=latency={limit}ms", f"metamix.latency_table={table}"])), space
+    )
+    largest = space.encode_all([space.largest()])
+    assert not bound.feasible(largest).any()
+    assert bound.feasible(bound.repair(largest, np.random.default_rng(0))).all()
+
+
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 TINY = [
@@ -355,6 +383,16 @@ def test_a_run_ends_with_a_subnet_within_the_budget(call, finished: Path) -> Non
     code, out, err = call("search", "--run", finished, "--subnet", finished / "subnet.json")
     assert code == 0, err
     assert "MBitOps" in out
+
+
+def test_a_selected_subnet_is_exported_and_verified(eqnet, finished: Path, tmp_path: Path) -> None:
+    file = tmp_path / "selected.onnx"
+    code, _, err = eqnet("export", finished / "subnet.json", "--target", "onnxruntime-x86", "--output", file)
+    assert code == 0, err
+    code, out, err = eqnet("verify", file, "--run", finished, "--rounds", "0", "--images", "32")
+    assert code == 0, err
+    assert "verified" in out
+    assert json.loads(Path(f"{file}.certificate.json").read_text())["verdict"] == "pass"
 
 
 def test_figures_of_every_phase_are_logged(finished: Path) -> None:

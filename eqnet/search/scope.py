@@ -15,10 +15,10 @@ from pydantic import ValidationError
 
 from eqnet.checkpoint import read_json
 from eqnet.settings import Settings, load_settings
-from eqnet.space import COSTS, Budget, Form, QuantConfig, QuantSpace
+from eqnet.space import Budget, Form, QuantConfig, QuantSpace
 from eqnet.space.cost import Costs
 from eqnet.space.hardware import HardwareTarget
-from eqnet.space.latency import latency_cost, read_latency_table
+from eqnet.space.latency import read_latency_table
 from eqnet.space.target_cost import target_costs
 from eqnet.subnet import read_subnet
 
@@ -88,11 +88,7 @@ def open_scope(
         )
     path = _latency_path(run, budget, target, latency_table)
     table = None if path is None else read_latency_table(path)
-    if target is not None:
-        return Scope(space, target_costs(target, table), target, path)
-    if table is not None:
-        return Scope(space, {**COSTS, "latency": lambda s: latency_cost(s, table)}, None, path)
-    return Scope(space, COSTS)
+    return Scope(space, target_costs(target, table), target, path)
 
 
 def _latency_path(

@@ -74,17 +74,18 @@ def act_memory(space: QuantSpace, target: HardwareTarget) -> CostModel:
 
 
 def target_costs(
-    target: HardwareTarget, table: LatencyTable | None = None
+    target: HardwareTarget | None, table: LatencyTable | None = None
 ) -> dict[str, Callable[[QuantSpace], CostModel]]:
-    """What the names of a budget mean on a target, in the form of `eqnet.space.cost.COSTS`.
+    """What the names of a budget mean on a target, in the form of `eqnet.space.cost.COSTS`; without one, those.
 
     "w" and "a" are mean bits of codes; "size" is that of the deployed file (packed codes or containers); "bitops" counts
     bits as executed; "latency" (milliseconds) is there if a table is given.
     """
     costs = dict(COSTS)
-    if target.storage_bits == "container":
-        costs["size"] = lambda space: container_size(space, target)
-    costs["bitops"] = lambda space: container_bitops(space, target)
+    if target is not None:
+        if target.storage_bits == "container":
+            costs["size"] = lambda space: container_size(space, target)
+        costs["bitops"] = lambda space: container_bitops(space, target)
     if table is not None:
         costs["latency"] = lambda space: latency_cost(space, table, target)
     return costs

@@ -32,9 +32,11 @@ from torch.autograd.function import once_differentiable
 from eqnet.nn.quantizer import ElasticQuantizer
 from eqnet.nn.supernet import Supernet, frozen_batch_norm
 from eqnet.run import Run
-from eqnet.settings import TrainSettings
-from eqnet.space import COSTS, BoundBudget, Budget, Genomes, QuantConfig, QuantSpace
+from eqnet.settings import Settings, TrainSettings
+from eqnet.space import BoundBudget, Budget, Genomes, QuantConfig, QuantSpace
+from eqnet.space.cost import Costs
 from eqnet.space.hardware import load_target
+from eqnet.space.latency import read_latency_table
 from eqnet.space.target_cost import target_costs
 from eqnet.training.step import Criterion, accumulate_gradients, subnet_loss
 
@@ -69,16 +71,32 @@ def branch_configs(space: QuantSpace) -> dict[int, QuantConfig]:
     return {b: space.decode(distance.argmin(1)) for b, distance in distances.items()}
 
 
-def bind_budget(run: Run, space: QuantSpace) -> BoundBudget:
-    """The budget `metamix.budget` on the space of a run; with one target in `space.targets`, costs are those of that target.
+def budget_costs(settings: Settings) -> Costs:
+    """What the names of `metamix.budget` mean: with one target in `space.targets`, costs of that target.
 
     Raises:
-        ValueError: not a budget, or the space cannot meet it.
+        ValueError: unknown target, unreadable table of latency.
     """
-    assert run.settings.metamix.budget is not None
-    names = run.settings.space.targets
-    costs = target_costs(load_target(names[0])) if len(names) == 1 else COSTS
-    return Budget.parse(run.settings.metamix.budget).bind(space, costs=costs)
+    names, path = settings.space.targets, settings.metamix.latency_table
+    table = None if path is None else read_latency_table(path)
+    return target_costs(load_target(names[0]) if len(names) == 1 else None, table)
+
+
+def bind_budget(run: Run, space: QuantSpace) -> BoundBudget:
+    """The budget `metamix.budget` on the space of a run.
+
+    Raises:
+        ValueError: not a budget, or the space cannot meet it; a limit on latency without a table; and as `budget_costs`.
+    """
+    s = run.settings
+    assert s.metamix.budget is not None
+    budget = Budget.parse(s.metamix.budget)
+    if s.metamix.latency_table is None and any(name == "latency" for name, _ in budget.limits):
+        raise ValueError(
+            f"metamix.budget={budget}: latency depends on the device; give times of layers with metamix.latency_table=FILE "
+            "(`eqnet benchmark latency` measures them)."
+        )
+    return budget.bind(space, costs=budget_costs(s))
 
 
 def bit_meta_step(
