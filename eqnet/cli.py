@@ -369,6 +369,7 @@ def _facts(target: HardwareTarget) -> list[tuple[str, str]]:
             outside = {"refuse": "refused", "float": "floating point"}[rules.fallback]
             facts.append((kind, f"{rules.kernel} kernel; bias {bias}; outside the rules: {outside}"))
     edges = "no rule" if target.first_last_bits is None else f"bits {', '.join(map(str, target.first_last_bits))}"
+    versions = ("ONNX opset", target.opset), ("runtime", target.runtime), ("processor", target.processor)
     fixed = [f"{o.op}: scale {o.scale:g}, zero point {o.zero_point}" for o in target.fixed_outputs]
     return [
         *facts,
@@ -382,7 +383,7 @@ def _facts(target: HardwareTarget) -> list[tuple[str, str]]:
             for name, text in (("fused", ", ".join(target.fused)), ("fixed outputs", "\n".join(fixed)))
             if text
         ),
-        *((name, str(value)) for name, value in (("ONNX opset", target.opset), ("runtime", target.runtime)) if value),
+        *((name, str(value)) for name, value in versions if value),
         *(("note", note) for note in target.notes),
         *(("source", source) for source in target.sources),
         *(("verified", statement) for statement in target.verified),

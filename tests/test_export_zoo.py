@@ -27,7 +27,7 @@ from eqnet.deploy.verify import verify_export
 from eqnet.nn.specialize import specialize
 from eqnet.nn.supernet import BATCH_NORM_TYPES, Supernet
 from eqnet.space import LayerConfig, QuantConfig, QuantFormat, QuantSpace
-from eqnet.space.hardware import load_target
+from eqnet.space.hardware import load_target, target_names
 
 OPSET = 18
 IMAGES = 4
@@ -155,6 +155,31 @@ def check(case: Case, folder: Path) -> None:
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.model)
 def test_the_zoo_runs_on_integers_as_simulated(case: Case, tmp_path: Path) -> None:
     check(case, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.model)
+@pytest.mark.parametrize("name", target_names())
+def test_files_for_every_target_are_as_its_rules_say(name: str, case: Case, tmp_path: Path) -> None:
+    """Also where nothing here runs them; additions, pooling and slices need quantizers in some."""
+    target = load_target(name)
+    model = timm.create_model(case.model, num_classes=10)
+    randomize(model)
+    supernet = Supernet.from_model(model, case.size, fixed="none").eval()
+    images = torch.randn(IMAGES, *case.size)
+    supernet.calibrate(images)
+    special = specialize(supernet, target)
+    config = special.space.sample(np.random.default_rng(0))
+    special.set_config(config)
+    special.recalibrate_bn([images])
+    subnet, layers, path = special.extract(config), special.space.layers, tmp_path / f"{name}.onnx"
+    export_onnx(subnet, config, layers, target, path, input_size=case.size, images=[images], batch=case.batch)
+    exported = Exported.read(path)
+    certificate = verify_export(exported, subnet, layers, target, images, rounds=0)
+    assert certificate.errors == []
+    kept = exported.sidecar["kept_grids"]
+    moves = {"MaxPool", "Slice", "Reshape", "Flatten"} & {node.op_type for node in exported.model.graph.node}
+    assert bool(kept) == (target.integer_add and bool(moves))
 
 
 @pytest.mark.slow

@@ -314,6 +314,10 @@ def test_calls_are_timed_in_turns() -> None:
     assert all(ms >= 0 for ms in medians.values())
 
 
+def test_a_runtime_on_another_processor_is_not_the_target() -> None:
+    assert {runtime_of(load_target(f"onnxruntime-{name}")) for name in ("x86", "arm")} == {ORT, None}
+
+
 def test_targets_name_their_runtime() -> None:
     assert runtime_of(load_target("onnxruntime-x86")) is ORT
     assert runtime_of(load_target("openvino-cpu")) is OPENVINO

@@ -16,6 +16,7 @@
          "bias": null | {"dtype", "error": largest absolute rounding, "reason": null | why not as the target's rule says},
          "batch_norm": null | "folded" | why not}},
      "quantizers": {node: {"scale", "zero_point", "low", "high", "container"}},   added, calibrated on images
+     "kept_grids": {node: {...}},   added behind operations that only move values, which do not change
      "source": {"run", "subnet", "sha256"} | {}, "versions": {...}}
 
 Low and high are codes; `value = (code - zero_point) * scale`. In a layer that turned channels, their codes (and so the sign
@@ -120,6 +121,7 @@ def export_onnx(
     passes.write_weights(graph, found)
     passes.write_biases(graph, found)
     wanted, grids = places(graph, found, target), {}
+    kept = {}
     if wanted:
         if images is None:
             raise ValueError(
@@ -127,7 +129,7 @@ def export_onnx(
             )
         grids = write_outputs(graph, wanted, calibrated_grids(model, wanted, images))
     if target.integer_add:
-        keep_grids(graph)
+        kept = keep_grids(graph)
     data = _serialise(model)
     sidecar = {
         "schema": SCHEMA,
@@ -145,6 +147,7 @@ def export_onnx(
         "config": config.to_json(),
         "layers": {name: _describe(layer) for name, layer in found.items()},
         "quantizers": {name: grid.to_json() for name, grid in grids.items()},
+        "kept_grids": {name: grid.to_json() for name, grid in kept.items()},
         "source": dict(source or {}),
         "versions": _versions(),
     }

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import onnx_ir as ir
 
-from eqnet.deploy.codes import Grid
+from eqnet.deploy.codes import LIMITS, Container, Grid
 from eqnet.deploy.graph import Layer, absorb_clips, array_of, constant_bounds, new_node, only_consumer, quantizer_nodes
 from eqnet.space.hardware import HardwareTarget
 from eqnet.space.target_rules import ActRule
@@ -143,8 +144,12 @@ def _redirect(graph: ir.Graph, value: ir.Value, node: ir.Node) -> None:
         graph.outputs[list(graph.outputs).index(value)] = node.outputs[0]
 
 
-def keep_grids(graph: ir.Graph) -> None:
-    """Quantizes the outputs of operations that only move values, with the constants of their inputs' quantizers."""
+def keep_grids(graph: ir.Graph) -> dict[str, Grid]:
+    """Quantizes the outputs of operations that only move values, with the constants of their inputs' quantizers.
+
+    No value changes. Returns the grids by the names of the quantizers.
+    """
+    kept = {}
     for node in list(graph):
         source = node.inputs[0].producer() if node.op_type in MOVES_VALUES and node.inputs[0] is not None else None
         value = node.outputs[0]
@@ -153,6 +158,9 @@ def keep_grids(graph: ir.Graph) -> None:
         codes, scale, zero = source.inputs[:3]
         assert codes is not None
         name = f"{node.name}/output"
+        zero_point = array_of(zero)
+        container = cast(Container, zero_point.dtype.name)
+        kept[name] = Grid(float(array_of(scale)), int(zero_point), *LIMITS[container], container)
         quantize = new_node("QuantizeLinear", [value, scale, zero], f"{name}/quantize", value, codes.dtype)
         dequantize = new_node(
             "DequantizeLinear", [quantize.outputs[0], scale, zero], f"{name}/dequantize", value, ir.DataType.FLOAT
@@ -163,3 +171,4 @@ def keep_grids(graph: ir.Graph) -> None:
                 use.node.replace_input_with(use.idx, dequantize.outputs[0])
         if value.is_graph_output():
             graph.outputs[list(graph.outputs).index(value)] = dequantize.outputs[0]
+    return kept

@@ -51,7 +51,8 @@ def check_graph(
             problems += [*_act_problems(layer, info, config, facts, target), *_bias_problems(layer, facts, reference)]
         if problems:
             found[info.name] = list(dict.fromkeys(problems))
-    for name, problems in _quantizer_problems(reference, sidecar["quantizers"], known).items():
+    described = sidecar["quantizers"] | sidecar.get("kept_grids", {})
+    for name, problems in _quantizer_problems(reference, described, known).items():
         found.setdefault(name, []).extend(problems)
     if target.integer_add:
         for name in _float_joins(model, reference):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import re
 import statistics
 import sys
@@ -28,6 +29,7 @@ from eqnet.deploy.reference import IntegerReference
 from eqnet.space.hardware import HardwareTarget
 
 Array = NDArray[Any]
+_PROCESSORS = {"amd64": "x86_64", "arm64": "aarch64"}  # other names of the same
 
 
 @dataclass(frozen=True)
@@ -282,14 +284,15 @@ _EXTRAS = {"openvino": "openvino"}
 
 
 def runtime_of(target: HardwareTarget) -> Runtime | None:
-    """The runtime of a target; None if it does not run here.
+    """The runtime of a target; None if it does not run here, or runs here on another processor than the target's.
 
     Raises:
         ValueError: its package is missing (with the extra to install), or older than the target's facts.
     """
     name, _, wanted = (target.runtime or "").partition(" ")
     runtime = RUNTIMES.get(name)
-    if runtime is None:
+    machine = platform.machine().lower()
+    if runtime is None or target.processor not in (None, _PROCESSORS.get(machine, machine)):
         return None
     installed = installed_version(name)
     if _release(installed) < _release(wanted):

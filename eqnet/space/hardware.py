@@ -48,6 +48,7 @@ class HardwareTarget(Strict):
         fixed_outputs: operations whose output format is given.
         opset: smallest ONNX opset of a graph, null if the target does not read ONNX.
         runtime: the oldest runtime or device that the facts are known to hold for.
+        processor: what the runtime must run on for the facts to hold, null for anything.
         notes: what an exporter or a user must know besides.
         sources: where the facts come from.
         verified: statements that were measured.
@@ -66,6 +67,7 @@ class HardwareTarget(Strict):
     fixed_outputs: tuple[FixedOutput, ...] = ()
     opset: int | None = None
     runtime: str | None = None
+    processor: Literal["x86_64", "aarch64"] | None = None
     notes: tuple[str, ...] = ()
     sources: Annotated[tuple[str, ...], Field(min_length=1)]
     verified: tuple[str, ...] = ()
