@@ -54,7 +54,9 @@ def main() -> None:
         rows = importlib.import_module(f"benchmarks.{topic}").run(arguments.size or "usual")
         show(console, topic, rows)
         seconds = time.perf_counter() - start
-        write_json(arguments.output / f"{topic}.json", {"machine": machine(), "seconds": seconds, "rows": rows})
+        command = f"python -m benchmarks {topic}" + (f" --{arguments.size}" if arguments.size else "")
+        content = {"command": command, "machine": machine(), "seconds": seconds, "rows": rows}
+        write_json(arguments.output / f"{topic}.json", content)
         console.print(f"{topic}: {seconds:.0f} s, written to {arguments.output / f'{topic}.json'}\n")
 
 
