@@ -2,8 +2,8 @@
 
     python -m benchmarks [topic ...] [--full | --short] [--output folder] [--page docs/performance.md]
 
-Prints tables and writes `<topic>.json` into the folder. All topics take less than a quarter of an hour on 2 cores. `--full` adds
-ResNet-18 at 224 px and more repetitions, which takes an hour or more; `--short` runs everything on tiny nets, to see that it works.
+Prints tables and writes `<topic>.json` into the folder. `--full` adds ResNet-18 at 224 px and more repetitions, which
+takes an hour or more; `--short` runs everything on tiny nets, to see that it works.
 `--page` fills a page with the tables of the folder.
 """
 
