@@ -83,7 +83,9 @@ def test_every_settings_file_loads_and_differs_from_the_defaults(path: Path) -> 
 
 def test_imagenet_recipes_fit_their_models() -> None:
     """The bits of a recipe are in the space of its model, and its transform is one of timm's; random weights, no images."""
-    for path in sorted((ROOT / "configs" / "train").glob("imagenet_*.yaml")):
+    paths = sorted((ROOT / "configs" / "train").glob("imagenet_*.yaml"))
+    assert len(paths) == 5
+    for path in paths:
         settings = load_settings([str(path)])
         with torch.device("meta"):
             model = timm.create_model(settings.model.name, num_classes=1000)
