@@ -32,7 +32,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 
-from benchmarks.tables import save, show
+from benchmarks.tables import save, show, statistics
 from eqnet.checkpoint import read_json, write_json
 from eqnet.data import Batches, calibration_batches
 from eqnet.nn.supernet import Supernet
@@ -277,12 +277,6 @@ def instabilities(bench: Bench) -> dict[str, float]:
         write_json(path, found)
     result: dict[str, float] = read_json(path)
     return result
-
-
-def statistics(values: list[float], form: str = ".2f") -> str:
-    """Mean and sample standard deviation."""
-    spread = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
-    return f"{np.mean(values):{form}}{spread}"
 
 
 def main() -> None:

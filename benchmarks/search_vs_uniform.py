@@ -1,6 +1,6 @@
 """Searched subnets against the best uniform config within the same budget, over several runs.
 
-    python benchmarks/search_vs_uniform.py --runs runs/a runs/b --budgets 3 4 [--json FILE] [key=value ...]
+    python -m benchmarks.search_vs_uniform --runs runs/a runs/b --budgets 3 4 bitops=30M [--json FILE] [--set key=value ...]
 
 Runs `search.py` where a run has no result for a budget yet. Prints validation accuracy (which chose both) and test accuracy
 in percent, mean over runs, and in how many runs the searched config was measured better on validation.
@@ -12,26 +12,43 @@ import argparse
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from eqnet.checkpoint import read_json, write_json
+from benchmarks.tables import save, show, statistics
+from eqnet.checkpoint import read_json
 from eqnet.space import Budget
 
 SEARCH = Path(__file__).resolve().parent.parent / "search.py"
+SPLITS = ("validation", "test")
 
 
-def result(run: Path, budget: str, overrides: list[str]) -> dict:
+def result(run: Path, budget: str, overrides: list[str]) -> Any:
     """`subnet.json` of the run's first search for the budget."""
     path = run / "search" / str(Budget.parse(budget)).replace("=", "").replace(",", "-") / "subnet.json"
     if not path.exists():
         command = [sys.executable, str(SEARCH), "--budget", budget, "--run", str(run), "tracking=none", *overrides]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
     return read_json(path)
+
+
+def compare(documents: list[Any]) -> dict[str, dict[str, str]]:
+    """The best searched and the best uniform config of each run within one budget: accuracies, what they cost, differences."""
+    pairs = [(d["best_searched"], d["best_uniform"]) for d in documents]
+    rows = {}
+    for name, entries in zip(("searched", "uniform"), zip(*pairs, strict=True), strict=True):
+        accuracies = {f"{s} %": statistics([e["accuracy"][s] for e in entries]) for s in SPLITS}
+        costs = {key: np.mean([e["cost"][key] for e in entries]) for key in ("w", "a", "bitops")}
+        bits = {"mean bits": f"{costs['w']:.2f} / {costs['a']:.2f}", "MBitOps": f"{costs['bitops'] / 1e6:.1f}"}
+        rows[name] = accuracies | bits
+    gaps = {s: [a["accuracy"][s] - b["accuracy"][s] for a, b in pairs] for s in SPLITS}
+    wins = sum(gap > 0 for gap in gaps["validation"])
+    better = f"difference ({wins} of {len(pairs)} better)"
+    return rows | {better: {f"{s} %": f"{np.mean(gap):+.2f}" for s, gap in gaps.items()}}
 
 
 def main() -> None:
@@ -42,27 +59,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--set", nargs="*", default=[], help="key=value overrides of the search")
     arguments = parser.parse_args()
-    table = Table(
-        "budget", "", "validation", "test", "MBitOps", title=f"{len(arguments.runs)} runs", title_justify="left"
-    )
-    results: dict[str, list[dict]] = {}
-    for budget in arguments.budgets:
-        documents = [result(run, budget, arguments.set) for run in arguments.runs]
-        pairs = [(d["best_searched"], d["best_uniform"]) for d in documents]
-        results[budget] = [{"searched": a, "uniform": b} for a, b in pairs]
-        for name, entries in zip(("searched", "uniform"), zip(*pairs, strict=True), strict=True):
-            means = [f"{np.mean([e['accuracy'][split] for e in entries]):.2f}" for split in ("validation", "test")]
-            table.add_row(budget, name, *means, f"{np.mean([e['cost']['bitops'] for e in entries]) / 1e6:.1f}")
-        gaps = [[a["accuracy"][s] - b["accuracy"][s] for a, b in pairs] for s in ("validation", "test")]
-        wins = sum(gap > 0 for gap in gaps[0])
-        table.add_row(budget, f"difference ({wins} better)", *(f"{np.mean(gap):+.2f}" for gap in gaps), "")
-    Console(width=110, highlight=False).print(table)
+    rows = {
+        f"budget {budget}": compare([result(run, budget, arguments.set) for run in arguments.runs])
+        for budget in arguments.budgets
+    }
+    show(Console(width=110, highlight=False), f"{len(arguments.runs)} runs", rows)
     if arguments.json:
-        for entries in results.values():
-            for pair in entries:
-                for entry in pair.values():
-                    entry.pop("layers")
-        write_json(arguments.json, results)
+        save(arguments.json, rows, runs=len(arguments.runs))
 
 
 if __name__ == "__main__":

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.timing import machine
 from eqnet.checkpoint import write_json
+
+
+def statistics(values: Sequence[float], form: str = ".2f") -> str:
+    """Mean and, of several values, sample standard deviation.
+
+    >>> statistics([1.0, 3.0]), statistics([1.0])
+    ('2.00 ± 1.41', '1.00')
+    """
+    spread = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
+    return f"{np.mean(values):{form}}{spread}"
 
 
 class Figures(NamedTuple):
