@@ -1,4 +1,5 @@
-"""`train.py --estimate` beside what the run then used: alone on the machine, and while other processes keep all cores busy.
+"""`train.py --estimate` beside what the run then used: alone on the machine, and while other processes keep all cores busy,
+which takes minutes and is left to `--full`.
 
 python -m benchmarks estimate [--full | --short] [--output folder]
 """
@@ -70,7 +71,10 @@ def run(size: Size) -> dict[str, Any]:
         train(folder, *settings, "output=run")
         used = Used.read(folder / "run")
         found: dict[str, list[dict[str, float]]] = {}
-        for name, others in (("estimated, alone", 0), ("estimated, all cores busy", os.cpu_count() or 1)):
+        crowds = {"estimated, alone": 0, "estimated, all cores busy": os.cpu_count() or 1}
+        if size == "usual":
+            del crowds["estimated, all cores busy"]
+        for name, others in crowds.items():
             with ExitStack() as stack:
                 stack.enter_context(busy(others))
                 found[name] = [estimated(folder, settings) for _ in range(repeats)]

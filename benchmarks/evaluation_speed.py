@@ -377,7 +377,7 @@ def run(size: Size) -> dict[str, Any]:
         out[f"{net}: classification"], out[f"{net}: recalibration"] = forward_rows(net, 1 if short else 11)
     for net in nets:
         large = "224" in net
-        bn, images, configs = (16, 16, 2) if short else (128, 256, 3) if large else (512, 4096, 6)
+        bn, images, configs = (16, 16, 2) if short else (128, 256, 3) if large else (512, 4096, 4)
         out[f"{net}: configs"] = config_rows(net, bn, images, configs)
     for net in nets:
         out[f"{net}: memory"] = malloc_rows(net, {"short": 1, "usual": 2, "full": 3}[size])

@@ -157,7 +157,7 @@ def genetic_tables(short: bool) -> dict[str, Any]:
         functions |= {name: search, floor: lambda p=predictor, g=configs: p.score(g)}  # type: ignore[misc]
         floors[name] = floor
         out[f"{title}, {name}: where the time goes"] = shares(search, predictor)
-    return {title: table(interleave(functions, 1 if short else 7), floors), **out}
+    return {title: table(interleave(functions, 1 if short else 5), floors), **out}
 
 
 def pareto_table(short: bool) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def pareto_table(short: bool) -> dict[str, Any]:
         ),
         below: floor,
     }
-    return {f"NSGA-II, {population} x {generations}": table(interleave(functions, 1 if short else 7), {name: below})}
+    return {f"NSGA-II, {population} x {generations}": table(interleave(functions, 1 if short else 5), {name: below})}
 
 
 def lookup_table(short: bool) -> dict[str, Any]:
@@ -244,7 +244,7 @@ def growth_table(short: bool) -> dict[str, Any]:
             return genetic_search(space, score, budget, seed=0, population=population, generations=5 if short else 100)
 
         functions[name] = search
-    timings = interleave(functions, 1 if short else 5)
+    timings = interleave(functions, 1 if short else 3)
     return {f"growth: {5 if short else 100} generations": table(timings, {})}
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -89,6 +90,8 @@ def make_accelerator(settings: Settings) -> Accelerator:
     """
     _check_launch()
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)  # active rows and BN statistics are per process
+    # accelerate knows no other name for it yet
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     accelerator = Accelerator(mixed_precision=PRECISIONS[settings.train.precision], kwargs_handlers=[ddp])
     set_seed(settings.seed, device_specific=True)
     return accelerator
