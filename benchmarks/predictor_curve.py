@@ -1,6 +1,6 @@
 """How the predictor's rank quality grows with the accuracy table of a run.
 
-    python benchmarks/predictor_curve.py --run runs/NAME [--sizes 100 200 500 1000] [--seeds 5] [--json FILE]
+    python -m benchmarks.predictor_curve --run runs/NAME [--sizes 100 200 500 1000] [--seeds 5] [--json FILE]
 
 Uses the rows that `search.py` has measured. For each seed a fifth of all rows is held out; the predictor is fitted on the
 first `size` of the other rows and compared with the held-out measurements. Prints the mean over seeds, for the default
@@ -14,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from eqnet.checkpoint import read_json, write_json
+from benchmarks.tables import save, show
+from eqnet.checkpoint import read_json
 from eqnet.scoring.evaluation import read_rows, table_genomes
 from eqnet.scoring.predictor import PAPER_RECIPE, PredictorRecipe, table_size_curve
 from eqnet.space import QuantSpace
+
+COLUMNS = {"kendall": "Kendall", "spearman": "Spearman", "pearson": "Pearson", "rmse": "RMSE, points"}
 
 
 def main() -> None:
@@ -38,26 +40,20 @@ def main() -> None:
     largest = rows - rows // 5
     sizes = sorted({*(s for s in arguments.sizes if s < largest), largest})
     recipes = {"default": PredictorRecipe(), "paper": PAPER_RECIPE}
-    results: dict[str, list[dict[str, float]]] = {}
-    low, middle, high = np.percentile(measured, [5, 50, 95])
-    title = (
-        f"{rows} rows, accuracy 5th/50th/95th percentile {low:.1f}/{middle:.1f}/{high:.1f} %; {arguments.seeds} seeds"
-    )
-    table = Table("recipe", "rows fitted", "Kendall", "Spearman", "Pearson", "RMSE", title=title, title_justify="left")
+    curves: dict[str, dict[str, float]] = {}
     for name, recipe in recipes.items():
-        curves = [
+        found = [
             table_size_curve(space, genomes, measured, sizes, seed=seed, recipe=recipe)
             for seed in range(arguments.seeds)
         ]
-        results[name] = []
-        for points in zip(*curves, strict=True):
-            mean = {key: float(np.mean([p[key] for p in points])) for key in points[0]}
-            results[name].append(mean)
-            figures = (f"{mean[key]:.3f}" for key in ("kendall", "spearman", "pearson", "rmse"))
-            table.add_row(name, f"{mean['rows']:.0f}", *figures)
-    Console(width=110, highlight=False).print(table)
+        for points in zip(*found, strict=True):
+            mean = {column: float(np.mean([p[key] for p in points])) for key, column in COLUMNS.items()}
+            curves[f"{name}, {points[0]['rows']:.0f} rows"] = mean
+    low, middle, high = np.percentile(measured, [5, 50, 95])
+    spread = f"accuracy 5th/50th/95th percentile {low:.1f}/{middle:.1f}/{high:.1f} %"
+    show(Console(width=110, highlight=False), f"{rows} rows, {spread}; {arguments.seeds} seeds", curves)
     if arguments.json:
-        write_json(arguments.json, {"rows": rows, "seeds": arguments.seeds, "curves": results})
+        save(arguments.json, curves, rows=rows, seeds=arguments.seeds)
 
 
 if __name__ == "__main__":

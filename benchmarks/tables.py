@@ -16,12 +16,12 @@ from eqnet.checkpoint import write_json
 
 
 def statistics(values: Sequence[float], form: str = ".2f") -> str:
-    """Mean and, of several values, sample standard deviation.
+    """Mean and, of several values, sample standard deviation, in a number format.
 
     >>> statistics([1.0, 3.0]), statistics([1.0])
     ('2.00 ± 1.41', '1.00')
     """
-    spread = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
+    spread = f" ± {np.std(values, ddof=1):{form.lstrip('+')}}" if len(values) > 1 else ""
     return f"{np.mean(values):{form}}{spread}"
 
 
