@@ -24,7 +24,7 @@ from eqnet.shards import ShardImages
 
 _TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST"}
 MAX_CLASSES = 1_000_000
-_NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
+_NPZ_PARTS = ("train", "validation", "test")
 
 
 class DataSettings(Protocol):
@@ -122,33 +122,36 @@ def _torchvision(name: str, root: str, download: bool) -> Source:
 
 
 def _npz(path: Path) -> Source:
-    """Keys `train_images` and `test_images` uint8 [N, H, W, C], `train_labels` and `test_labels` integers [N], optional `classes`."""
+    """Keys `train_images` and `test_images` uint8 [N, H, W, C], `train_labels` and `test_labels` integers [N]; optional are
+    `classes`, and `validation_images` with `validation_labels`."""
     try:
         _check_unpacked_size(path)
         with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in _NPZ_KEYS if key not in file]
-            arrays = {key: file[key] for key in (*_NPZ_KEYS, "classes") if key in file}
+            parts = [part for part in _NPZ_PARTS if part != "validation" or any(k.startswith(part) for k in file)]
+            keys = [f"{part}_{kind}" for part in parts for kind in ("images", "labels")]
+            missing = [key for key in keys if key not in file]
+            arrays = {key: file[key] for key in (*keys, "classes") if key in file}
     except Exception as error:  # zipfile, zlib and numpy each have their own errors for damaged files
         raise ValueError(f"{path} cannot be read as an .npz file of plain arrays ({error}).") from error
     if missing:
-        raise ValueError(f"{path} has no {', '.join(missing)}; it needs the arrays {', '.join(_NPZ_KEYS)}.")
-    for part in ("train", "test"):
+        raise ValueError(f"{path} has no {', '.join(missing)}; it needs the arrays {', '.join(keys)}.")
+    for part in parts:
         images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
         if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
             got = f"{images.dtype} {list(images.shape)}"
             raise ValueError(f"{path}: {part}_images must be uint8 [N, H, W, C] and not empty; got {got}.")
+        if images.shape[1:] != arrays["train_images"].shape[1:]:
+            shapes = f"{list(arrays['train_images'].shape[1:])} and {list(images.shape[1:])}"
+            raise ValueError(f"{path}: images of train and {part} must have one shape; got {shapes}.")
         if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
             got = f"{labels.dtype} {list(labels.shape)}"
             raise ValueError(f"{path}: {part}_labels must be {len(images)} integers, one per image; got {got}.")
         if labels.min() < 0 or labels.max() >= MAX_CLASSES:
             raise ValueError(f"{path}: {part}_labels must be numbers from 0 to {MAX_CLASSES - 1}.")
-    train, test = arrays["train_images"], arrays["test_images"]
-    if train.shape[1:] != test.shape[1:]:
-        shapes = f"{list(train.shape[1:])} and {list(test.shape[1:])}"
-        raise ValueError(f"{path}: images of train and test must have one shape; got {shapes}.")
-    labels = np.concatenate([arrays["train_labels"], arrays["test_labels"]]).astype(np.int64)
+    images, labels = (np.concatenate([arrays[f"{part}_{kind}"] for part in parts]) for kind in ("images", "labels"))
+    labels = labels.astype(np.int64)
     names = [str(name) for name in arrays["classes"].ravel()] if "classes" in arrays else _numbered(labels)
-    return Source(np.concatenate([train, test]), labels, {"train": len(train), "test": len(test)}, tuple(names))
+    return Source(images, labels, {part: len(arrays[f"{part}_labels"]) for part in parts}, tuple(names))
 
 
 def _check_unpacked_size(path: Path) -> None:

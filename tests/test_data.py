@@ -143,10 +143,21 @@ def test_npz_keeps_its_test_images_and_takes_validation_from_train(tmp_path: Pat
         np.testing.assert_array_equal(data.labels, arrays["train_labels"][chosen])
 
 
+def test_npz_keeps_its_own_validation_images(tmp_path: Path) -> None:
+    own = {"validation_images": random_images(9, 8), "validation_labels": np.arange(9) % 3}
+    splits, arrays = load_data(Settings(write_npz(tmp_path, **own)), seed=1), npz_arrays()
+    for part, expected in (("train", arrays), ("validation", own), ("test", arrays)):
+        data = getattr(splits, part)
+        np.testing.assert_array_equal(data.images, expected[f"{part}_images"])
+        np.testing.assert_array_equal(data.labels, expected[f"{part}_labels"])
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"test_labels": None}, "has no test_labels"),
+        ({"validation_images": random_images(9, 8)}, "has no validation_labels"),
+        ({"validation_images": random_images(9, 9), "validation_labels": np.arange(9) % 3}, "train and validation"),
         ({"train_images": npz_arrays()["train_images"] / 255}, "train_images must be uint8"),
         ({"train_images": npz_arrays()["train_images"][..., 0]}, "train_images must be uint8"),
         ({"test_images": np.zeros((0, 8, 8, 3), np.uint8), "test_labels": np.zeros(0, np.int64)}, "not empty"),
