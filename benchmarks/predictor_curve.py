@@ -53,7 +53,7 @@ def main() -> None:
     spread = f"accuracy 5th/50th/95th percentile {low:.1f}/{middle:.1f}/{high:.1f} %"
     show(Console(width=110, highlight=False), f"{rows} rows, {spread}; {arguments.seeds} seeds", curves)
     if arguments.json:
-        save(arguments.json, curves, rows=rows, seeds=arguments.seeds)
+        save(arguments.json, curves, configs=rows, seeds=arguments.seeds)
 
 
 if __name__ == "__main__":
