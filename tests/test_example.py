@@ -1,0 +1,69 @@
+"""The trained CIFAR-10 supernet in examples/cifar10 is what its files say, on real test images.
+
+`data/cifar10_test.webp` holds the first 300 test images of CIFAR-10 (A. Krizhevsky, "Learning Multiple Layers of Features from
+Tiny Images", 2009), lossless, 20 in a row.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import kendalltau
+from torch import Tensor
+
+from eqnet import AccuracyPredictor, Budget
+from eqnet.deploy.subnet import load_subnet
+from eqnet.run import Run
+from eqnet.scoring.evaluation import read_rows, table_genomes
+
+DATA = Path(__file__).resolve().parent / "data"
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "cifar10"
+SUBNETS = sorted(path.parent.name for path in EXAMPLE.glob("search/*/subnet.json"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(EXAMPLE, tmp_path_factory.mktemp("example") / "cifar10"))
+
+
+@pytest.fixture(scope="module")
+def images() -> tuple[Tensor, Tensor]:
+    sheet = np.asarray(Image.open(DATA / "cifar10_test.webp").convert("RGB"))
+    tiles = sheet.reshape(15, 32, 20, 32, 3).swapaxes(1, 2).reshape(300, 32, 32, 3)
+    labels = torch.tensor(json.loads((DATA / "cifar10_test_labels.json").read_text()))
+    return torch.tensor(tiles).movedim(3, 1).float() / 255, labels
+
+
+def test_there_are_subnets() -> None:
+    assert SUBNETS
+
+
+@pytest.mark.parametrize("name", SUBNETS)
+def test_a_subnet_classifies_test_images_as_well_as_its_file_says(name, folder, images):
+    path = folder / "search" / name / "subnet.json"
+    document = json.loads(path.read_text())
+    subnet = load_subnet(path, folder)
+    mean, std = (torch.tensor(subnet.facts[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        right = subnet.module((images[0] - mean) / std).argmax(1) == images[1]
+    stated = document["accuracy"]["test"] / 100
+    assert abs(right.float().mean() - stated) < 3.5 * math.sqrt(stated * (1 - stated) / 300)
+    costs = Run.open(folder).load_supernet()[0].space
+    assert Budget.parse(document["budget"]).bind(costs).feasible(costs.encode_all([subnet.config])).all()
+
+
+def test_the_predictor_ranks_the_rows_of_the_table(folder):
+    space = Run.open(folder).load_supernet()[0].space
+    predictor = AccuracyPredictor.load(folder / "predictor.safetensors", space)
+    rows = dict(read_rows(folder / "table"))
+    genomes = table_genomes(space, len(rows), json.loads((folder / "table" / "header.json").read_text())["seed"])
+    measured = [rows[i] for i in range(len(rows))]
+    assert len(rows) >= 100
+    assert kendalltau(predictor.score(genomes), measured).statistic > 0.8
