@@ -113,7 +113,8 @@ LIMITS = st.builds(
         st.sampled_from(["", "KiB", "kb", "G", "ms", " T", "B B", "\n", "%"]),
     ),
 )
-BUDGETS = st.text() | st.lists(LIMITS, max_size=4).map(",".join)
+# a third are valid for certain
+BUDGETS = st.integers(1, 99).map(str) | st.text() | st.lists(LIMITS, max_size=4).map(",".join)
 
 
 def setting_names(section: Any = Settings, prefix: str = "") -> list[str]:
