@@ -1,4 +1,4 @@
-"""Pages of the site that are generated: home from README.md, commands from their parsers, the API from the modules.
+"""Pages of the site that are generated: home from README.md, examples, commands from their parsers, API from the modules.
 
 A hook of MkDocs; see `mkdocs.yml`.
 """
@@ -25,6 +25,8 @@ COMMANDS = {"cli", "proxy_commands"}  # modules that commands/eqnet.md shows
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Adds the generated pages."""
     pages = {"index.md": (ROOT / "README.md").read_text().replace("](docs/", "](")}
+    for path in sorted(ROOT.glob("examples/*/README.md")):
+        pages[str(path.relative_to(ROOT))] = path.read_text().replace("](../../docs/", "](../../")
     pages |= {f"commands/{name}.md": script_page(name) for name in ("train", "search")}
     pages |= {"commands/eqnet.md": eqnet_page(), "api/index.md": names_page()}
     for package in sorted(path.parent for path in ROOT.glob("eqnet/*/__init__.py")):
