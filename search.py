@@ -24,10 +24,11 @@ from eqnet.report import comparison_table, plot_bits, plot_front, plot_predictor
 from eqnet.run import Run, open_data, versions
 from eqnet.run_files import Evaluation, read_facts
 from eqnet.scoring.emq_trees import PREFIX, find_proxy
-from eqnet.scoring.evaluation import Evaluator, UniformAccuracy, build_table, read_rows, uniform_configs
+from eqnet.scoring.evaluation import DIVERGENCE, VALIDATION, Evaluator, UniformAccuracy, uniform_configs
 from eqnet.scoring.layer_statistics import gather
 from eqnet.scoring.predictor import AccuracyPredictor, fitted_predictor
 from eqnet.scoring.proxies import PROXIES, Proxy
+from eqnet.scoring.table import build_table, read_rows
 from eqnet.search import Found, ParetoFront, exact_front, measured_search, pareto_search
 from eqnet.search.exact import (
     METHODS,
@@ -164,7 +165,7 @@ def main() -> None:
 
 def configs_to_measure(run: Run, settings: Settings) -> int:
     """How many configs a search on the predictor measures: missing rows of the table, and the winners of its rounds."""
-    s, rows = settings.search, dict(read_rows(run.path / "table"))
+    s, rows = settings.search, dict(read_rows(run.path / "table", (VALIDATION, DIVERGENCE)))
     return max(s.table_size - len(rows), 0) + s.rounds * s.top_k
 
 
@@ -177,8 +178,9 @@ def measured_uniform(run: Run, settings: Settings) -> list[UniformAccuracy]:
     evaluation = read_facts(run.path / "evaluation.json", Evaluation)
     if evaluation is None or images(settings) != images(run.settings):
         return []
+    names = ("validation", "test", "divergence")
     return [
-        UniformAccuracy(u.bits, Form.parse(u.form), {"validation": u.validation, "test": u.test})
+        UniformAccuracy(u.bits, Form.parse(u.form), {n: value for n in names if (value := getattr(u, n)) is not None})
         for u in evaluation.uniform
     ]
 
@@ -214,7 +216,10 @@ def search(job: Job, trained: Evaluator) -> None:
     with progress_bar(job.console, "accuracy table", s.table_size) as advance:
         table = build_table(trained, job.run.path / "table", s.table_size, seed, job.accelerator, advance)
     path = job.run.path / "predictor.safetensors"
-    predictor, fresh = fitted_predictor(trained.supernet.space, table.genomes, table.accuracy, seed=seed, path=path)
+    labels = table.labels(s.measure)
+    predictor, fresh = fitted_predictor(
+        trained.supernet.space, table.genomes, labels, table.accuracy, seed=seed, path=path
+    )
     text = "  ".join(f"{name} {value:.3f}" for name, value in predictor.metrics.items())
     job.console.print(f"predictor on {len(table)} configs; held-out fifth: {text}")
     if fresh and job.accelerator.is_main_process:
@@ -333,14 +338,14 @@ def conclude(job: Job, found: Found, facts: dict[str, Any], score: str | None) -
     header = {"budget": budget, "seed": job.settings.seed, "versions": versions(), "latency_table": table_file, **facts}
     document = {**header, **target_header(scope.target), **won, "best_searched": searched, "best_uniform": uniform}
     save_subnet(folder, evaluator.supernet, best.config, evaluator.bn_batches, document)
-    tracker = job.tracker
+    tracker, figures = job.tracker, {**won["accuracy"], "divergence": won["divergence"], **won["cost"]}
     tracker.image("search/bits", plot_bits(best.config, space, folder / "bits.png"))
-    tracker.log({f"search/{name}": value for name, value in (won["accuracy"] | won["cost"]).items()}, tracker.last_step)
+    tracker.log({f"search/{name}": value for name, value in figures.items()}, tracker.last_step)
     tested = {c.config: float(test) for c, test in zip(rivals, tests, strict=True)}
     track_search(tracker, found, tested, space, scope.costs, job.front_cost)
     sources = ["supernet", *(["predictor"] if score is None else [])]
     files = [folder / "subnet.json", folder / "subnet.safetensors"]
-    tracker.artifact(f"subnet-{folder.name}", "subnet", files, facts=won["accuracy"] | won["cost"], made_from=sources)
+    tracker.artifact(f"subnet-{folder.name}", "subnet", files, facts=figures, made_from=sources)
     return folder, won
 
 

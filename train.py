@@ -24,7 +24,7 @@ from eqnet.html_report import report_at_end
 from eqnet.nn.supernet import Supernet
 from eqnet.report import plot_stability, plot_uniform, uniform_table
 from eqnet.run import Run, create_float_model, open_data, versions
-from eqnet.scoring.evaluation import Evaluator, accuracy, evaluate_uniform, uniform_configs
+from eqnet.scoring.evaluation import DIVERGENCE, Evaluator, accuracy, evaluate_uniform, uniform_configs
 from eqnet.settings import Settings, load_settings
 from eqnet.space import COSTS, Budget
 from eqnet.subnet import describe_subnet, save_subnet
@@ -189,7 +189,7 @@ def evaluate_supernet(
     """Every uniform bit-width in every form."""
     total = len(uniform_configs(evaluator.supernet.space))
     with progress_bar(console, "evaluating uniform bit-widths", total) as advance:
-        results = evaluate_uniform(evaluator, SPLITS, accelerator, advance)
+        results = evaluate_uniform(evaluator, [*SPLITS, DIVERGENCE], accelerator, advance)
     if not accelerator.is_main_process:
         return {}
     console.print(uniform_table(results, "test", float_accuracy["test"]))

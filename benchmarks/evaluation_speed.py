@@ -48,7 +48,8 @@ from eqnet.nn.integer_supernet import IntegerSupernet
 from eqnet.nn.kernels import choose_kernels
 from eqnet.nn.supernet import Supernet, recalibrate_bn
 from eqnet.run import Run, open_data
-from eqnet.scoring.evaluation import Evaluator, accuracy, table_genomes
+from eqnet.scoring.evaluation import Evaluator, accuracy
+from eqnet.scoring.table import table_genomes
 
 NETS = {
     "cifar_resnet20, 32 px, batch 64": ("cifar_resnet20", 32, 64),

@@ -28,9 +28,10 @@ from scipy.stats import spearmanr
 from benchmarks.tables import save, show
 from eqnet.nn.supernet import Supernet
 from eqnet.run import Run, open_data
-from eqnet.scoring.evaluation import AccuracyTable, Evaluator, build_table, uniform_configs
+from eqnet.scoring.evaluation import Evaluator, uniform_configs
 from eqnet.scoring.scores import SCORES
 from eqnet.scoring.sensitivity import Sensitivity
+from eqnet.scoring.table import AccuracyTable, build_table
 from eqnet.search import exact_search, genetic_search
 from eqnet.search.exact import SCORE_BATCH, score_batches, score_formats
 from eqnet.space import BoundBudget, Budget, Form, QuantSpace

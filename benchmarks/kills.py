@@ -30,7 +30,7 @@ from rich.table import Table
 
 from eqnet.run import Run
 from eqnet.run_checkpoints import PHASES
-from eqnet.scoring.evaluation import read_rows
+from eqnet.scoring.table import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = Path("run")  # in the folder of a chain
@@ -94,7 +94,7 @@ def train_results(folder: Path) -> dict[str, bytes]:
     return {name: (folder / RUN / name).read_bytes() for name in names}
 
 
-def table_rows(folder: Path) -> list[tuple[int, float]]:
+def table_rows(folder: Path) -> list[tuple[int, list[float]]]:
     """Rows of the accuracy table, doubled ones included."""
     return sorted(read_rows(folder / RUN / "table"))
 

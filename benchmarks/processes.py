@@ -21,7 +21,8 @@ from accelerate import Accelerator
 from benchmarks.evaluation_speed import build
 from benchmarks.timing import Size
 from eqnet.command import keep_freed_memory
-from eqnet.scoring.evaluation import Evaluator, table_genomes
+from eqnet.scoring.evaluation import Evaluator
+from eqnet.scoring.table import table_genomes
 
 NET, SHORT_NET = "cifar_resnet20, 32 px, batch 64", "cifar_resnet20, 16 px, batch 8"
 # name: (processes, threads of each)

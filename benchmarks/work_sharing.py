@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 
 from benchmarks.timing import Size
 from eqnet.nn.supernet import trace_layers
-from eqnet.scoring.evaluation import read_rows, table_genomes
+from eqnet.scoring.table import read_rows, table_genomes
 from eqnet.scoring.work import shared
 from eqnet.space import QuantSpace
 

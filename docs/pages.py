@@ -25,8 +25,8 @@ COMMANDS = {"cli", "proxy_commands"}  # modules that commands/eqnet.md shows
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Adds the generated pages."""
     pages = {"index.md": (ROOT / "README.md").read_text().replace("](docs/", "](")}
-    for path in sorted(ROOT.glob("examples/*/README.md")):
-        pages[str(path.relative_to(ROOT))] = path.read_text().replace("](../../docs/", "](../../")
+    for example in sorted(ROOT.glob("examples/*/README.md")):
+        pages[str(example.relative_to(ROOT))] = example.read_text().replace("](../../docs/", "](../../")
     pages |= {f"commands/{name}.md": script_page(name) for name in ("train", "search")}
     pages |= {"commands/eqnet.md": eqnet_page(), "api/index.md": names_page()}
     for package in sorted(path.parent for path in ROOT.glob("eqnet/*/__init__.py")):

@@ -62,11 +62,11 @@ def track_search(
     rows, series = [], {}
     for kind, candidates in (("searched", found.searched), ("uniform", found.uniform)):
         for c in candidates:
-            accuracies = [c.predicted, c.validation, tests.get(c.config)]
-            rows.append([kind, space.form_name(c.config), *accuracies, *(model.of(c.config) for model in models)])
+            figures = [c.predicted, c.validation, tests.get(c.config), c.divergence]
+            rows.append([kind, space.form_name(c.config), *figures, *(model.of(c.config) for model in models)])
         if candidates:
             series[kind] = _front([(axis.of(c.config), c.validation) for c in candidates])
-    tracker.table("search/configs", ["kind", "form", "predicted", "validation", "test", *costs], rows)
+    tracker.table("search/configs", ["kind", "form", "predicted", "validation", "test", "divergence", *costs], rows)
     tracker.lines("search/measured", "Best measured configs", (axis.name, "validation [%]"), series)
     bits = [[name, c.weight.bits, None if c.act is None else c.act.bits] for name, c in found.best.config.items()]
     tracker.table("search/subnet", ["layer", "weight bits", "activation bits"], bits)

@@ -223,6 +223,9 @@ def _rivals(search: Search) -> Table:
         loss = name == "predicted" and facts.score is not None
         label = f"{facts.score} loss" if loss else f"{name.replace('_', ' ')} [%]"
         rows.append([label, *("" if value is None else f"{-value if loss else value:.4g}" for value in values)])
+    values = [entry.divergence for entry in found.values()]
+    if any(value is not None for value in values):
+        rows.append(["divergence, nats", *("" if value is None else f"{value:.4f}" for value in values)])
     for name, build in search.costs.items():
         values = [entry.cost.get(name) for entry in found.values()]
         if any(value is not None for value in values):

@@ -66,7 +66,7 @@ def uniform_table(results: Sequence[UniformAccuracy], split: str, float_accuracy
 def comparison_table(
     columns: Mapping[str, Mapping[str, Any] | None], space: QuantSpace, costs: Costs, score: str | None = None
 ) -> Table:
-    """The searched config beside the best uniform one within the budget: accuracies in percent and every cost.
+    """The searched config beside the best uniform one within the budget: accuracies in percent, divergence and every cost.
 
     With the name of an additive score, what was predicted is its negative loss, not an accuracy.
     """
@@ -81,6 +81,7 @@ def comparison_table(
         table.add_row(f"{split} accuracy [%]", *(f"{entry['accuracy'][split]:.2f}" for entry in found))
     if score is not None:
         table.add_row(f"{score} loss", *(f"{-entry['accuracy']['predicted']:.4g}" for entry in found))
+    table.add_row("divergence, nats", *(f"{entry['divergence']:.4f}" for entry in found))
     titles = {"w": "mean weight bits", "a": "mean activation bits", "size": "model size", "bitops": "BitOps"}
     titles["latency"] = "latency"
     for name, build in costs.items():

@@ -20,12 +20,13 @@ class SupernetFacts(BaseModel):
 
 
 class UniformFacts(BaseModel):
-    """A uniform config and its accuracies in percent."""
+    """A uniform config, its accuracies in percent, and its divergence from the largest subnet in nats if it was measured."""
 
     bits: int
     form: str
     validation: FiniteFloat
     test: FiniteFloat
+    divergence: FiniteFloat | None = None
 
 
 class Evaluation(BaseModel):
@@ -37,11 +38,12 @@ class Evaluation(BaseModel):
 
 
 class ConfigFacts(BaseModel):
-    """A config in `subnet.json`: form, costs in the units of `eqnet.space.cost`, accuracies in percent."""
+    """A config in `subnet.json`: form, costs in the units of `eqnet.space.cost`, accuracies in percent, divergence in nats."""
 
     form: str = ""
     cost: dict[str, FiniteFloat] = {}
     accuracy: dict[str, FiniteFloat] = {}
+    divergence: FiniteFloat | None = None
 
 
 class SubnetFacts(ConfigFacts):

@@ -32,8 +32,9 @@ from eqnet.run_files import (
     TableHeader,
     read_facts,
 )
-from eqnet.scoring.evaluation import read_rows, table_genomes, uniform_configs
+from eqnet.scoring.evaluation import uniform_configs
 from eqnet.scoring.predictor import AccuracyPredictor, HeldOut
+from eqnet.scoring.table import read_rows, table_genomes
 from eqnet.search.scope import read_target_subnet
 from eqnet.settings import Settings
 from eqnet.space import COSTS, Genomes, QuantConfig, QuantSpace
@@ -247,7 +248,7 @@ def _read_table(folder: Path, space: QuantSpace) -> tuple[Genomes, list[float]]:
     rows = dict(read_rows(folder))
     size = next(i for i in range(len(rows) + 1) if i not in rows)
     genomes = table_genomes(space, size, header.seed) if size else space.encode_all([])
-    return genomes, [rows[i] for i in range(size)]
+    return genomes, [rows[i][0] for i in range(size)]
 
 
 def _read_predictor(path: Path, space: QuantSpace | None) -> AccuracyPredictor | None:

@@ -33,6 +33,7 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
+Measure = Literal["divergence", "accuracy"]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)]
 
 
@@ -167,6 +168,9 @@ class SearchSettings(_Section):
         3, ge=1
     )  # each searches, measures its winners on validation, and lets the next predictor learn them
     top_k: int = Field(10, ge=1)  # winners measured in each round
+    measure: Measure = (
+        "divergence"  # what makes a config the best: small divergence from the largest subnet, or accuracy
+    )
     score_images: int = Field(64, ge=1)  # labelled training images of an additive score
 
 

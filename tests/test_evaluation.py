@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,20 +11,23 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from scipy.special import rel_entr
 from torch import Tensor, nn
 
 from eqnet.checkpoint import read_json, write_json
 from eqnet.nn.integer import kernels_available
 from eqnet.nn.supernet import Supernet
 from eqnet.scoring.evaluation import (
+    DIVERGENCE,
     Evaluator,
     Integer,
     UniformAccuracy,
     accuracy,
-    build_table,
     evaluate_uniform,
     uniform_configs,
 )
+from eqnet.scoring.table import build_table, expected_accuracy
+from eqnet.space import QuantConfig
 
 needs_kernels = pytest.mark.skipif(not kernels_available(), reason="this CPU has no integer kernels")
 Images = Callable[..., Tensor]
@@ -99,6 +104,67 @@ def test_a_table_is_measured_one_way(tmp_path: Path, evaluator: Callable[[Intege
         build_table(evaluator("on"), other, 3, 0, accelerator)
         with pytest.raises(ValueError, match=r"search\.integer=on"):
             build_table(simulation, other, 3, 0, accelerator)
+
+
+def test_rows_without_a_divergence_are_measured_again(
+    tmp_path: Path, evaluator: Callable[[Integer], Evaluator]
+) -> None:
+    simulation, accelerator = evaluator("off"), Accelerator()
+    table = build_table(simulation, tmp_path, 3, 0, accelerator)
+    (path,) = tmp_path.glob("rows-*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row.pop("divergence") for row in rows[:2]] == table.divergence[:2].tolist()
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    again = build_table(simulation, tmp_path, 3, 0, accelerator)
+    assert len([line for line in path.read_text().splitlines() if line]) == 5
+    assert np.array_equal(again.accuracy, table.accuracy)
+    assert np.array_equal(again.divergence, table.divergence)
+
+
+def test_the_divergence_is_that_of_the_probabilities_from_those_of_the_largest_subnet(
+    supernet: Supernet, evaluator: Callable[[Integer], Evaluator]
+) -> None:
+    simulation, rng = evaluator("off"), np.random.default_rng(0)
+    ((images, labels),) = simulation.splits["validation"]
+
+    def probabilities(config: QuantConfig) -> np.ndarray:
+        supernet.set_config(config)
+        supernet.recalibrate_bn(simulation.bn_batches)
+        with torch.no_grad():
+            return supernet(images).double().softmax(1).numpy()
+
+    largest = probabilities(supernet.space.largest())
+    for config in (supernet.space.sample(rng) for _ in range(3)):
+        measured, right = simulation.measure(config, DIVERGENCE, "validation")
+        found = probabilities(config)
+        assert measured == pytest.approx(rel_entr(largest, found).sum(1).mean(), rel=1e-4)
+        assert right == 100 * (found.argmax(1) == labels.numpy()).mean()
+        assert measured > 1e-4
+    assert simulation.measure(supernet.space.largest(), DIVERGENCE) == [0.0]
+
+
+def test_divergences_on_a_target_are_from_the_largest_subnet_as_it_was_trained(
+    supernet: Supernet, evaluator: Callable[[Integer], Evaluator]
+) -> None:
+    trained, coarse = evaluator("off"), copy.deepcopy(supernet)
+    with torch.no_grad():
+        for parameter in coarse.parameters():
+            parameter.mul_(1.5 if parameter.ndim > 1 else 1)  # weights, clipped by steps that stay as they are
+    assert trained.of(coarse).measure(supernet.space.largest(), DIVERGENCE)[0] > 1e-3
+
+
+def test_expected_accuracies_fall_with_the_divergence_and_are_nearer_to_the_truth_than_those_measured() -> None:
+    rng = np.random.default_rng(0)
+    divergence = rng.uniform(0, 0.3, 200) ** 2
+    truth = 92 - 40 * (1 - np.exp(-5 * divergence))
+    measured = truth + rng.normal(0, 0.5, 200)
+    expected = expected_accuracy(divergence, measured)
+    order = divergence.argsort()
+    assert (np.diff(expected[order]) < 0).all()
+    assert np.abs(expected - truth).mean() < 0.25 * np.abs(measured - truth).mean()
+    constant = expected_accuracy(divergence, np.full(200, 90.0))
+    assert (np.diff(constant[order]) < 0).all()
+    assert np.abs(constant - 90).max() < 0.02
 
 
 def test_uniform_configs_are_not_measured_twice(evaluator: Callable[[Integer], Evaluator]) -> None:

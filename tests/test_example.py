@@ -21,7 +21,7 @@ from torch import Tensor
 from eqnet import AccuracyPredictor, Budget
 from eqnet.deploy.subnet import load_subnet
 from eqnet.run import Run
-from eqnet.scoring.evaluation import read_rows, table_genomes
+from eqnet.scoring.table import read_rows, table_genomes
 
 DATA = Path(__file__).resolve().parent / "data"
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "cifar10"
@@ -68,6 +68,6 @@ def test_the_predictor_ranks_the_rows_of_the_table(folder):
     predictor = AccuracyPredictor.load(folder / "predictor.safetensors", space)
     rows = dict(read_rows(folder / "table"))
     genomes = table_genomes(space, len(rows), json.loads((folder / "table" / "header.json").read_text())["seed"])
-    measured = [rows[i] for i in range(len(rows))]
+    measured = [rows[i][0] for i in range(len(rows))]
     assert len(rows) >= 100
     assert kendalltau(predictor.score(genomes), measured).statistic > 0.8

@@ -26,7 +26,8 @@ import torch
 from eqnet.command import start_cpu_processes
 start_cpu_processes()
 from accelerate import Accelerator
-from eqnet.scoring.evaluation import Evaluator, build_table, table_genomes
+from eqnet.scoring.evaluation import Evaluator
+from eqnet.scoring.table import build_table, table_genomes
 sys.path.insert(0, sys.argv[2])
 from conftest import small_cnn
 from eqnet.nn.supernet import Supernet

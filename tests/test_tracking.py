@@ -322,9 +322,10 @@ def test_a_run_and_its_search_are_all_in_wandb(call, eqnet: Eqnet, tmp_path: Pat
     assert {key for row in rows for key in row if key != "step"} <= set(values)
     (table,) = values["search/configs"]
     data = json.loads((searched / "files" / table["path"]).read_text())
-    assert data["columns"] == ["kind", "form", "predicted", "validation", "test", "w", "a", "size", "bitops"]
+    columns = ["kind", "form", "predicted", "validation", "test", "divergence", "w", "a", "size", "bitops"]
+    assert data["columns"] == columns
     assert {row[0] for row in data["data"]} == {"searched", "uniform"}
-    assert all(row[5] <= 5 for row in data["data"])
+    assert all(row[columns.index("w")] <= 5 for row in data["data"])
     for name in ("evaluation/heat_map", "predictor/picture", "search/bits", "search/pareto"):
         assert values[name][0]["_type"] == "image-file"
     assert {"predictor/held_out_table", "search/measured_table", "search/front_chart_table", "search/subnet"} <= set(

@@ -29,8 +29,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from eqnet.checkpoint import atomic_write_text, read_json
 from eqnet.documents import parse_json, read_text
-from eqnet.scoring.evaluation import Evaluator, measure_rows
+from eqnet.scoring.evaluation import VALIDATION, Evaluator
 from eqnet.scoring.predictor import rank_metrics
+from eqnet.scoring.table import measure_rows
 from eqnet.space import Genomes, LayerConfig, MeanBitsSampler, QuantConfig, QuantFormat, QuantSpace
 
 Floats = NDArray[np.float64]
@@ -218,7 +219,7 @@ def build_benchmark(
     """
     genomes, drawn = benchmark_genomes(space, size, seed)
     rows = {"benchmark": FORMAT, "seed": seed}
-    accuracy = measure_rows(evaluator, folder, space, genomes, rows, accelerator, advance)
+    accuracy = measure_rows(evaluator, folder, space, genomes, [VALIDATION], rows, accelerator, advance)[:, 0]
     header = {**facts, **read_json(folder / "header.json")}
     for fact in ("benchmark", "genes"):
         del header[fact]  # the table has a format and a space of its own

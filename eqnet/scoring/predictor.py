@@ -1,6 +1,6 @@
 """CQAP, the conditional quantization-aware accuracy predictor: config -> accuracy (EQ-Net section 3.4, arXiv 2308.07650).
 
-A small regression from `QuantSpace.features` (form conditions, then one-hot bits of each layer) to measured accuracy,
+A small regression from `QuantSpace.features` (form conditions, then one-hot bits of each layer) to accuracy,
 fitted on a table of a few hundred subnets. One predictor serves every target: configs are always encoded in the space it
 was fitted for, so genomes of a restricted space are translated first.
 
@@ -106,7 +106,15 @@ class AccuracyPredictor:
         self._folded: FoldedEnsemble | None = None
         self._translation: tuple[QuantSpace, NDArray[np.int16]] | None = None  # of the last space that was not `space`
 
-    def fit(self, genomes: Genomes, accuracy: ArrayLike, *, seed: int, refit: bool = True) -> dict[str, float]:
+    def fit(
+        self,
+        genomes: Genomes,
+        accuracy: ArrayLike,
+        *,
+        seed: int,
+        refit: bool = True,
+        measured: ArrayLike | None = None,
+    ) -> dict[str, float]:
         """Fits to measured accuracy, in seconds; the same seed gives the same predictor.
 
         The metrics are those of a predictor that has seen four fifths of the rows, on the other fifth. With `refit` the one
@@ -114,9 +122,10 @@ class AccuracyPredictor:
 
         Args:
             genomes: configs measured, [N, G] of `self.space`.
-            accuracy: top-1 in percent, [N].
+            accuracy: to learn, in percent, [N].
             seed: of the split and of the initial weights.
             refit: keep a predictor fitted on all rows; otherwise the one of the metrics.
+            measured: what the metrics compare predictions with, in percent, [N]; None means `accuracy`.
 
         Returns:
             `rank_metrics` on the held-out fifth; "rmse" in accuracy points.
@@ -125,20 +134,22 @@ class AccuracyPredictor:
             ValueError: fewer than 10 rows, arrays that do not fit together, or accuracies that are not finite.
         """
         targets = _checked_table(self.space, genomes, accuracy)
+        truth = targets if measured is None else _checked_table(self.space, genomes, measured)
         inputs = self._inputs(genomes)
         kept, held_out = _split(len(targets), seed)
         ensemble = Ensemble.fit(inputs[kept], targets[kept], self.recipe, seed)
-        self.held_out = HeldOut(self._fold(ensemble).predict(genomes[held_out]), targets[held_out])
+        self.held_out = HeldOut(self._fold(ensemble).predict(genomes[held_out]), truth[held_out])
         self.metrics = rank_metrics(*self.held_out)
         self._keep(Ensemble.fit(inputs, targets, self.recipe, seed) if refit else ensemble)
-        self.fingerprint = self._fingerprint(genomes, targets, seed) if refit else ""
+        self.fingerprint = self._fingerprint(genomes, targets, truth, seed) if refit else ""
         return dict(self.metrics)
 
-    def _fingerprint(self, genomes: Genomes, accuracy: ArrayLike, seed: int) -> str:
+    def _fingerprint(self, genomes: Genomes, accuracy: ArrayLike, measured: ArrayLike, seed: int) -> str:
         """Of everything that a fit depends on besides the space."""
         digest = hashlib.sha256(json.dumps([asdict(self.recipe), seed, torch.__version__]).encode())
         digest.update(np.ascontiguousarray(genomes, np.int16).tobytes())
-        digest.update(np.asarray(accuracy, np.float64).tobytes())
+        for values in (accuracy, measured):
+            digest.update(np.asarray(values, np.float64).tobytes())
         return digest.hexdigest()
 
     def refitted(self, genomes: Genomes, accuracy: ArrayLike, *, seed: int) -> AccuracyPredictor:
@@ -251,7 +262,7 @@ class AccuracyPredictor:
 
 
 def fitted_predictor(
-    space: QuantSpace, genomes: Genomes, accuracy: ArrayLike, *, seed: int, path: str | Path
+    space: QuantSpace, genomes: Genomes, accuracy: ArrayLike, measured: ArrayLike, *, seed: int, path: str | Path
 ) -> tuple[AccuracyPredictor, bool]:
     """A predictor fitted on a table: that of a file if it was fitted on the same table with the same recipe and seed.
 
@@ -259,6 +270,7 @@ def fitted_predictor(
         space: the training space.
         genomes: as for `AccuracyPredictor.fit`.
         accuracy: as for `AccuracyPredictor.fit`.
+        measured: as for `AccuracyPredictor.fit`.
         seed: as for `AccuracyPredictor.fit`.
         path: where `save` may have put one; a file that is missing, damaged or of another table means fitting. Nothing is
             written.
@@ -274,9 +286,11 @@ def fitted_predictor(
         stored = AccuracyPredictor.load(path, space)
     except (ValueError, OSError, KeyError, TypeError):
         stored = predictor
-    if stored.recipe == predictor.recipe and stored.fingerprint == predictor._fingerprint(genomes, accuracy, seed):
+    if stored.recipe == predictor.recipe and stored.fingerprint == predictor._fingerprint(
+        genomes, accuracy, measured, seed
+    ):
         return stored, False
-    predictor.fit(genomes, accuracy, seed=seed)
+    predictor.fit(genomes, accuracy, seed=seed, measured=measured)
     return predictor, True
 
 
@@ -288,16 +302,18 @@ def table_size_curve(
     *,
     seed: int,
     recipe: PredictorRecipe | None = None,
+    measured: ArrayLike | None = None,
 ) -> list[dict[str, float]]:
     """What more measurements would buy: rank quality on one held-out fifth for growing tables.
 
     Args:
         space: the training space.
         genomes: configs measured, [N, G].
-        accuracy: top-1 in percent, [N].
+        accuracy: to learn, in percent, [N].
         sizes: numbers of training rows, each from 2 to four fifths of the table; smaller tables are part of larger ones.
         seed: of the split and of the initial weights.
         recipe: None for the default.
+        measured: as for `AccuracyPredictor.fit`.
 
     Returns:
         For each size: "rows" and the `rank_metrics`.
@@ -307,6 +323,7 @@ def table_size_curve(
     """
     predictor = AccuracyPredictor(space, recipe)
     targets = _checked_table(space, genomes, accuracy)
+    truth = targets if measured is None else _checked_table(space, genomes, measured)
     inputs = predictor._inputs(genomes)
     kept, held_out = _split(len(targets), seed)
     curve = []
@@ -317,7 +334,7 @@ def table_size_curve(
             )
         ensemble = Ensemble.fit(inputs[kept[:size]], targets[kept[:size]], predictor.recipe, seed)
         predicted = predictor._fold(ensemble).predict(genomes[held_out])
-        curve.append({"rows": size, **rank_metrics(predicted, targets[held_out])})
+        curve.append({"rows": size, **rank_metrics(predicted, truth[held_out])})
     return curve
 
 

@@ -246,5 +246,5 @@ def planned_search(
         genome, value = result.genomes[0], -float(result.scores[0])
     gap = (value - exact.loss) / max(abs(exact.loss), 1e-300)
     plain = sensitivity.loss(space)
-    found = measured_beside_uniform(genome[None], lambda g: -plain(g), budget, evaluator, accelerator)
+    found = measured_beside_uniform(genome[None], lambda g: -plain(g), budget, evaluator, settings.measure, accelerator)
     return Planned(found, loss, exact, gap)

@@ -75,5 +75,7 @@ def proxy_search(
             top_k=settings.top_k,
             progress=lambda *_: advance(),
         ).genomes
-    found = measured_beside_uniform(winners, lambda g: proxy.scores(statistics, g), budget, evaluator, accelerator)
+    found = measured_beside_uniform(
+        winners, lambda g: proxy.scores(statistics, g), budget, evaluator, settings.measure, accelerator
+    )
     return ProxySearch(found, exact)
