@@ -48,6 +48,21 @@ def test_search_writes_what_it_promises(call, run: Path) -> None:
     assert again.read_bytes() == (folder / "subnet.json").read_bytes()
 
 
+def test_a_search_by_accuracy_needs_no_other_table_and_returns_the_most_accurate(call, run: Path) -> None:
+    def rows() -> list[list[bytes]]:
+        return [path.read_bytes().split() for path in sorted((run / "table").glob("rows-*.jsonl"))]
+
+    assert call("search", "--budget", "w=3", "--run", run, *FAST)[0] == 0
+    before, predictor = rows(), (run / "predictor.safetensors").read_bytes()
+    code, _, err = call("search", "--budget", "w=3", "--run", run, *FAST, "search.measure=accuracy")
+    assert code == 0, err
+    subnet = json.loads((run / "search" / "w3-2" / "subnet.json").read_text())
+    for other in ("best_searched", "best_uniform"):
+        assert subnet["accuracy"]["validation"] >= subnet[other]["accuracy"]["validation"]
+    assert rows() == before
+    assert (run / "predictor.safetensors").read_bytes() != predictor
+
+
 def test_an_extracted_subnet_is_integer(call, run: Path) -> None:
     code, _, err = call("search", "--budget", "w=4", "--form", "tensor-sym-sym", "--run", run, *FAST)
     assert code == 0, err

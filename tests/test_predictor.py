@@ -136,6 +136,18 @@ def test_refit_uses_the_held_out_rows_but_leaves_the_metrics(truth: Truth) -> No
     assert error[1] < error[0]
 
 
+def test_metrics_compare_with_what_was_measured_where_something_else_is_learned(truth: Truth) -> None:
+    genomes, accuracy = truth.table(100)
+    noisy = accuracy + np.random.default_rng(0).normal(0, 1, 100)
+    predictor, other = AccuracyPredictor(truth.space), AccuracyPredictor(truth.space)
+    metrics = predictor.fit(genomes, accuracy, seed=0, measured=noisy)
+    assert predictor.held_out is not None
+    assert np.isin(predictor.held_out.measured, noisy).all()
+    assert metrics == rank_metrics(*predictor.held_out)
+    other.fit(genomes, accuracy, seed=0)
+    assert np.array_equal(predictor.score(genomes), other.score(genomes))
+
+
 def test_a_refitted_predictor_is_one_fitted_on_all_rows(truth: Truth) -> None:
     genomes, accuracy = truth.table(60)
     first = AccuracyPredictor(truth.space, PredictorRecipe(epochs=50))
