@@ -335,7 +335,8 @@ def conclude(job: Job, found: Found, facts: dict[str, Any], score: str | None) -
     names = [job.arguments.form, *([job.arguments.method, score] if score is not None else [])]
     folder = job.run.new_search_folder(budget, target, "-".join(filter(None, names)))
     table_file = None if scope.latency_table is None else str(scope.latency_table)
-    header = {"budget": budget, "seed": job.settings.seed, "versions": versions(), "latency_table": table_file, **facts}
+    header = {"budget": budget, "seed": job.settings.seed, "measure": found.measure}
+    header |= {"versions": versions(), "latency_table": table_file, **facts}
     document = {**header, **target_header(scope.target), **won, "best_searched": searched, "best_uniform": uniform}
     save_subnet(folder, evaluator.supernet, best.config, evaluator.bn_batches, document)
     tracker, figures = job.tracker, {**won["accuracy"], "divergence": won["divergence"], **won["cost"]}

@@ -2,8 +2,8 @@
 
     python -m benchmarks.search_vs_uniform --runs runs/a runs/b --budgets 3 4 bitops=30M [--json FILE] [--set key=value ...]
 
-Runs `search.py` where a run has no result for a budget yet. Prints validation accuracy (which chose both) and test accuracy
-in percent, mean over runs, and in how many runs the searched config was measured better on validation.
+Runs `search.py` where a run has no result for a budget and `search.measure` yet. Prints validation and test accuracy in percent and
+the divergence from the largest subnet, mean over runs, and in how many runs the searched config was better on the test split.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rich.console import Console
 
 from benchmarks.tables import save, show, statistics
 from eqnet.checkpoint import read_json
+from eqnet.settings import load_settings
 from eqnet.space import Budget
 
 SEARCH = Path(__file__).resolve().parent.parent / "search.py"
@@ -26,14 +27,22 @@ SPLITS = ("validation", "test")
 
 
 def result(run: Path, budget: str, overrides: list[str]) -> Any:
-    """`subnet.json` of the run's first search for the budget."""
-    path = run / "search" / str(Budget.parse(budget)).replace("=", "").replace(",", "-") / "subnet.json"
-    if not path.exists():
+    """`subnet.json` of the run's first search for the budget by the measure that the overrides ask for."""
+    stem, measure = (
+        str(Budget.parse(budget)).replace("=", "").replace(",", "-"),
+        load_settings(overrides).search.measure,
+    )
+
+    def found() -> list[Any]:
+        paths = [run / "search" / stem / "subnet.json", *sorted((run / "search").glob(f"{stem}-[0-9]/subnet.json"))]
+        return [d for d in (read_json(path) for path in paths if path.exists()) if d.get("measure") == measure]
+
+    if not found():
         command = [sys.executable, str(SEARCH), "--budget", budget, "--run", str(run), "tracking=none", *overrides]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
-    return read_json(path)
+    return found()[0]
 
 
 def compare(documents: list[Any]) -> dict[str, dict[str, str]]:
@@ -44,9 +53,10 @@ def compare(documents: list[Any]) -> dict[str, dict[str, str]]:
         accuracies = {f"{s} %": statistics([e["accuracy"][s] for e in entries]) for s in SPLITS}
         costs = {key: np.mean([e["cost"][key] for e in entries]) for key in ("w", "a", "bitops")}
         bits = {"mean bits": f"{costs['w']:.2f} / {costs['a']:.2f}", "MBitOps": f"{costs['bitops'] / 1e6:.1f}"}
-        rows[name] = accuracies | bits
+        divergences = {"divergence": statistics([e["divergence"] for e in entries], ".4f")}
+        rows[name] = accuracies | divergences | bits
     gaps = {s: [a["accuracy"][s] - b["accuracy"][s] for a, b in pairs] for s in SPLITS}
-    wins = sum(gap > 0 for gap in gaps["validation"])
+    wins = sum(gap > 0 for gap in gaps["test"])
     better = f"difference ({wins} of {len(pairs)} better)"
     return rows | {better: {f"{s} %": f"{np.mean(gap):+.2f}" for s, gap in gaps.items()}}
 
