@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from eqnet.nn.supernet import Supernet
 from eqnet.scoring.curvature import block_traces, top_eigenvalue
+from eqnet.scoring.evaluation import class_divergence
 from eqnet.scoring.scores import SCORES
 from eqnet.scoring.sensitivity import (
     Sensitivity,
-    class_divergence,
     floating_point,
     normalised_error,
     perturbations,
@@ -367,6 +367,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from eqnet.nn.supernet import Supernet
+from eqnet.scoring.evaluation import class_divergence
 from eqnet.scoring.scores import SCORES
 
 torch.manual_seed(0)

@@ -62,17 +62,9 @@ def _percent(hits: Tensor) -> float:
     return 100.0 * int(hits.sum()) / len(hits)
 
 
-@torch.inference_mode()
-def log_probabilities(model: Callable[[Tensor], Tensor], batches: LabelledBatches) -> tuple[Tensor, Tensor]:
-    """Logarithms of the class probabilities [N, K] of a model in eval mode, and the labels [N]."""
-    rows, labels = zip(*((model(images).log_softmax(1), labels) for images, labels in batches), strict=True)
-    return torch.cat(rows), torch.cat(labels)
-
-
-def divergence(log_probabilities: Tensor, reference: Tensor) -> float:
-    """Mean over images of KL(reference || model) in nats, of logarithms of class probabilities [N, K]."""
-    images = F.kl_div(log_probabilities, reference, reduction="none", log_target=True).sum(1)
-    return max(float(images.double().mean()), 0.0)  # rounding makes that of a config from itself negative
+def class_divergence(exact: Tensor, changed: Tensor) -> Tensor:
+    """KL(p || q) in nats of the class distributions of logits [N, K], summed over the images."""
+    return F.kl_div(changed.double().log_softmax(1), exact.double().log_softmax(1), reduction="sum", log_target=True)
 
 
 class Evaluator:
@@ -107,7 +99,7 @@ class Evaluator:
         wanted = integer == "on" or (integer == "auto" and on_cpu and kernels_available())
         self._integer = IntegerSupernet(supernet) if wanted else None
         self.known: dict[QuantConfig, dict[str, float]] = {}
-        self._reference: Callable[[], Tensor] = cache(self._largest)
+        self._reference: Callable[[], list[Tensor]] = cache(self._largest)
 
     def of(self, supernet: Supernet) -> Evaluator:
         """An evaluator of another supernet of the same model, on the same images and in the same arithmetic.
@@ -119,10 +111,11 @@ class Evaluator:
         other._reference = self._reference
         return other
 
-    def _largest(self) -> Tensor:
-        """Logarithms of the class probabilities [N, K] of the largest subnet on the validation split."""
+    @torch.inference_mode()
+    def _largest(self) -> list[Tensor]:
+        """Logits [N, K] of the largest subnet on each batch of the validation split."""
         network = self._network(self.supernet.space.largest(), simulate=False)
-        return log_probabilities(network, self.splits[VALIDATION])[0]
+        return [network(images) for images, _ in self.splits[VALIDATION]]
 
     @property
     def arithmetic(self) -> Literal["integer", "simulation"]:
@@ -176,10 +169,7 @@ class Evaluator:
         """
         reference = self._reference() if DIVERGENCE in figures else None  # first, it sets another config
         network = self._network(config, simulate=REPORTED in figures)
-        found = {}
-        if reference is not None:
-            rows, labels = log_probabilities(network, self.splits[VALIDATION])
-            found = {DIVERGENCE: divergence(rows, reference), VALIDATION: _percent(rows.argmax(1) == labels)}
+        found = {} if reference is None else _compare(network, self.splits[VALIDATION], reference)
         return [found[f] if f in found else accuracy(network, self.splits[f]) for f in figures]
 
     def _network(self, config: QuantConfig, simulate: bool) -> Callable[[Tensor], Tensor]:
@@ -221,6 +211,20 @@ class Evaluator:
         for bits, form, config in uniform_configs(self.supernet.space):
             figures = found.get((bits, form), {})
             self.known[config] = {name: value for name, value in figures.items() if name in same}
+
+
+@torch.inference_mode()
+def _compare(
+    network: Callable[[Tensor], Tensor], batches: LabelledBatches, reference: Sequence[Tensor]
+) -> dict[str, float]:
+    """Accuracy on the validation split, and divergence from the logits of a reference on each batch."""
+    hits, divergences = [], []
+    for (images, labels), exact in zip(batches, reference, strict=True):
+        logits = network(images)
+        hits.append(logits.argmax(1) == labels)
+        divergences.append(class_divergence(exact, logits))
+    right = torch.cat(hits)
+    return {VALIDATION: _percent(right), DIVERGENCE: float(torch.stack(divergences).sum()) / len(right)}
 
 
 def num_images(batches: LabelledBatches) -> int:

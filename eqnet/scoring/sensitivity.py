@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from eqnet.nn.quantizer import ElasticQuantizer
 from eqnet.nn.supernet import Supernet
+from eqnet.scoring.evaluation import class_divergence
 from eqnet.space import CostModel, LayerInfo, QuantFormat, QuantSpace, Slot
 
 Batch = tuple[Tensor, Tensor]
@@ -361,11 +362,6 @@ def kl(
         return class_divergence(exact[""], outputs[""])
 
     return _one_at_a_time("kl", supernet, space, batches, accelerator, advance, distance, [])
-
-
-def class_divergence(exact: Tensor, changed: Tensor) -> Tensor:
-    """KL(p || q) in nats of the class distributions of logits [N, K], summed over the images."""
-    return F.kl_div(changed.double().log_softmax(1), exact.double().log_softmax(1), reduction="sum", log_target=True)
 
 
 def output_error(
