@@ -168,9 +168,7 @@ class SearchSettings(_Section):
         3, ge=1
     )  # each searches, measures its winners on validation, and lets the next predictor learn them
     top_k: int = Field(10, ge=1)  # winners measured in each round
-    measure: Measure = (
-        "divergence"  # what makes a config the best: small divergence from the largest subnet, or accuracy
-    )
+    measure: Measure = "divergence"  # what makes a config the best; from the largest subnet
     score_images: int = Field(64, ge=1)  # labelled training images of an additive score
 
 
