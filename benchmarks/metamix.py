@@ -1,6 +1,6 @@
 """MetaMix, EQ-Net search, integer programming and the best uniform config at the same BitOps budgets and epochs.
 
-    python benchmarks/metamix.py configs/train/metamix_digits.yaml --output runs/metamix_benchmark --seeds 3 [--json FILE] [key=value ...]
+    python -m benchmarks.metamix configs/train/metamix_digits.yaml --output runs/metamix_benchmark --seeds 3 [--json FILE] [key=value ...]
 
 Every method starts from the same float model and space and trains `select + act + train` epochs for each budget:
 
