@@ -104,6 +104,22 @@ def test_values_and_gradients_equal_plain_autograd(name, case, dtype):
             assert ours.stride() == theirs.stride() or ours is not found[0]
 
 
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_codes_are_those_behind_the_values(name):
+    x, w = normal(8, 32, 14, 14) * 3, normal(16, 8, 3, 3)
+    for q, tensor in (
+        (quantizer(None, 1, 4, None, torch.float32), x),
+        (quantizer(0, 16, 4, w.numel(), torch.float32), w),
+    ):
+        q.kernels = IMPLEMENTATIONS[name]()
+        for fmt in q.formats:
+            q.select(fmt)
+            codes, grid = q.selected(tensor).codes(tensor, q.scale, q.offset)
+            assert codes.dtype == torch.uint8
+            low, s = (t.view(q.broadcast if q.axis is not None else 1) for t in (grid.low, grid.s))
+            assert torch.equal((codes + low) * s, q(tensor))
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_compiled_forward_equals_the_eager_one_bit_for_bit(layout):
     """What is trained compiled is exported by eager code; both must round alike."""
@@ -296,4 +312,4 @@ def test_without_a_compiler_auto_is_eager_and_on_is_refused(monkeypatch):
 def test_fake_quantize_active_without_gradient_of_the_tables():
     """The step size of images is calibrated, not learned; nothing before it needs a gradient either."""
     q = ElasticQuantizer([QuantFormat(8)]).requires_grad_(False)
-    assert not fake_quantize_active(normal(2, 3), q.scale, q.offset, q.active).requires_grad
+    assert not fake_quantize_active(normal(2, 3), q.scale, q.offset, q.selected(normal(2, 3))).requires_grad

@@ -11,7 +11,7 @@ Rounding is half to even *before* the zero point is added, exactly as ONNX Quant
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from eqnet.nn.kernels import (
     EAGER,
     SCALE_EPS,
     Formats,
+    Grid,
     Kernels,
     from_rows,
     like_layout,
@@ -39,70 +40,85 @@ def code_range(bits: int, signed: bool) -> tuple[int, int]:
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
+class Selected(NamedTuple):
+    """The active row of a quantizer, kept for the backward pass: the next config may be selected before it.
+
+    Attributes:
+        formats: what the rows mean, and which one is active; `groups` divided by the values of the tensor.
+        axis: axis of the channels, None for one channel.
+        kernels: eager or compiled.
+    """
+
+    formats: Formats
+    axis: int | None
+    kernels: Kernels
+
+    @staticmethod
+    def of(formats: Formats, axis: int | None, numel: int, kernels: Kernels) -> Selected:
+        """The row that is active now, for tensors whose step size is shared by a part of `numel` values."""
+        return Selected(formats._replace(row=formats.row.clone(), groups=formats.groups / numel), axis, kernels)
+
+    def values(self, x: Tensor, scale: Tensor, offset: Tensor, dtype: torch.dtype) -> tuple[Tensor, Grid]:
+        """(fake-quantized `x` in `dtype`, its grid), for tables `scale` [S] and `offset` [A]."""
+        rows = to_rows(x.detach(), self.axis).data
+        out, grid = self.kernels.forward(rows, scale.detach(), offset.detach(), self.formats, dtype)
+        return from_rows(out, x, self.axis), grid
+
+    def codes(self, x: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Grid]:
+        """(uint8 codes of `x` that count from the smallest value of the grid, the grid)."""
+        rows = to_rows(x.detach(), self.axis).data
+        out, grid = self.kernels.codes(rows, scale.detach(), offset.detach(), self.formats)
+        return from_rows(out, x, self.axis), grid
+
+    def gradients(
+        self, u: Tensor, x: Tensor, scale: Tensor, offset: Tensor, grid: Grid
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of `x`, `scale` and `offset` for that of the fake-quantized values, `u`."""
+        rows = to_rows(x.detach(), self.axis).data
+        u = to_rows(like_layout(u.detach(), x), self.axis).data
+        grad_x, *tables = self.kernels.backward(u, rows, scale.detach(), offset.detach(), self.formats, grid)
+        return from_rows(grad_x, x, self.axis), tables[0], tables[1]
+
+
+def layer_dtype(x: Tensor) -> torch.dtype:
+    """What a layer computes in for an input or weight: its own dtype, or the lower-precision one of autocast."""
+    device = x.device.type
+    if x.dtype == torch.float32 and device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Fake quantization of a tensor by the active row of two tables; the mathematics is in `kernels`."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        offset: Tensor,
-        formats: Formats,
-        axis: int | None,
-        numel: int,
-        kernels: Kernels,
-    ) -> Tensor:
-        dtype, device = x.dtype, x.device.type
-        if dtype == torch.float32 and device != "meta" and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)  # what the layer would cast to anyway
-        rows = to_rows(x.detach(), axis).data
-        # the next config may be selected before the backward pass
-        formats = formats._replace(row=formats.row.clone(), groups=formats.groups / numel)
-        out, grid = kernels.forward(rows, scale.detach(), offset.detach(), formats, dtype)
+    def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor, selected: Selected) -> Tensor:
+        out, ctx.grid = selected.values(x, scale, offset, layer_dtype(x))
         ctx.save_for_backward(x, scale, offset)
-        ctx.formats, ctx.grid, ctx.axis, ctx.kernels = formats, grid, axis, kernels
-        return from_rows(out, x, axis)
+        ctx.selected = selected
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, offset = ctx.saved_tensors
-        rows = to_rows(x.detach(), ctx.axis).data
-        u = to_rows(like_layout(grads[0].detach(), x), ctx.axis).data
-        grad_x, grad_scale, grad_offset = ctx.kernels.backward(
-            u, rows, scale.detach(), offset.detach(), ctx.formats, ctx.grid
-        )
-        return from_rows(grad_x, x, ctx.axis), grad_scale, grad_offset, None, None, None, None
+        return *ctx.selected.gradients(grads[0], *ctx.saved_tensors, ctx.grid), None
 
 
-def fake_quantize_active(
-    x: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    formats: Formats,
-    *,
-    axis: int | None = None,
-    numel: int = 1,
-    kernels: Kernels = EAGER,
-) -> Tensor:
-    """Rounds `x` to the grid of the active row of a quantizer's tables; differentiable.
+def fake_quantize_active(x: Tensor, scale: Tensor, offset: Tensor, selected: Selected) -> Tensor:
+    """Rounds `x` to the grid of the selected row of a quantizer's tables; differentiable.
 
     Args:
         x: any shape, float.
         scale: table [S].
         offset: table [A].
-        formats: what the rows mean, and which one is active.
-        axis: axis of the channels, None for one channel.
-        numel: number of values N in LSQ's gradient scale g = 1 / sqrt(qmax * N).
-        kernels: eager or compiled.
+        selected: the row; its number of values N gives LSQ's gradient scale g = 1 / sqrt(qmax * N).
 
     Returns:
         Same shape as `x`, and same dtype, or under autocast the lower-precision one that the layer computes in. Gradients,
         with u the incoming one (EQ-Net section 3.2, LSQ eq. 3, LSQ+ eq. 5): x: u inside the range (bounds included), 0
         outside; scale: g * sum u * (r - x / s inside, qmin / qmax outside); offset: g * sum of u outside.
     """
-    return _FakeQuantize.apply(x, scale, offset, formats, axis, numel, kernels)  # type: ignore[no-any-return]
+    return _FakeQuantize.apply(x, scale, offset, selected)  # type: ignore[no-any-return]
 
 
 def fake_quantize(
@@ -132,7 +148,7 @@ def fake_quantize(
     ranges = torch.stack([qmin.reshape(()), qmax.reshape(())]).view(1, 1, 2)
     groups = (qmax if grad_scale is None else qmax * grad_scale.square()).view(1, 1)  # g = sqrt(groups / qmax)
     formats = Formats(index, index, one, ranges, groups, zero, zero)
-    return fake_quantize_active(x, scale.reshape(-1), offset.reshape(-1), formats, axis=axis)
+    return fake_quantize_active(x, scale.reshape(-1), offset.reshape(-1), Selected.of(formats, axis, 1, EAGER))
 
 
 def quantize(x: Tensor, scale: Tensor, offset: Tensor, qmin: Tensor, qmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:

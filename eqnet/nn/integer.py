@@ -106,9 +106,13 @@ def pack_weight(layer: ElasticLayer) -> PackedWeight | None:
     Out of range are 8-bit formats with zero points in grouped convolutions, and with one at the end of the code range.
     """
     codes, scale, zero = layer.weight_quantizer.quantize(layer.float_weight)
-    r = codes.to(torch.int16) - zero.to(torch.int16)
-    scale = scale.float().reshape(-1).expand(len(r)).contiguous()
-    doubled = int(r.min()) < -128 or int(r.max()) > 127
+    return pack_codes(layer, codes.to(torch.int16) - zero.to(torch.int16), scale.float().reshape(-1))
+
+
+def pack_codes(layer: ElasticLayer, r: Tensor, scale: Tensor) -> PackedWeight | None:
+    """Packs codes minus zero point `r`, int8 or int16 like the weight, with step sizes [1] or [O]; None as `pack_weight`."""
+    scale = scale.expand(len(r)).contiguous()
+    doubled = r.dtype != torch.int8 and (int(r.min()) < -128 or int(r.max()) > 127)
     if doubled:
         if getattr(layer, "groups", 1) > 1:
             return None
@@ -167,12 +171,14 @@ def _repeated(codes: Tensor, weight: PackedWeight, axis: int) -> Tensor:
     return torch.cat([codes, codes], axis) if weight.doubled else codes
 
 
-def linear(codes: Tensor, grid: InputGrid, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """float32 [..., O] of uint8 codes [..., C]."""
+def linear(
+    codes: Tensor, grid: InputGrid, weight: PackedWeight, bias: Tensor | None, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`dtype` (float32 or bf16) [..., O] of uint8 codes [..., C]."""
     x = _repeated(codes, weight, -1).contiguous()
     packed, scale, zero, _ = weight
     out: Tensor = torch.ops.onednn.qlinear_pointwise(
-        x, grid.scale, grid.zero, packed, scale, zero, bias, 1.0, 0, torch.float32, "none", [], ""
+        x, grid.scale, grid.zero, packed, scale, zero, bias, 1.0, 0, dtype, "none", [], ""
     )
     return out
 
@@ -186,6 +192,7 @@ def conv2d(
     *,
     clip: tuple[float, float] | None = None,
     out_grid: InputGrid | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Convolution, clipping and requantization in one kernel.
 
@@ -197,15 +204,16 @@ def conv2d(
         layer: gives stride, padding, dilation and groups.
         clip: bounds of the result, e.g. `(0, inf)` for ReLU.
         out_grid: the result as uint8 codes on this grid.
+        dtype: float32 or bf16; of the result without `out_grid`.
 
     Returns:
-        float32, or uint8 with `out_grid`, [N, O, H', W'] in channels_last. Requantization rounds after the zero point is
+        `dtype`, or uint8 with `out_grid`, [N, O, H', W'] in channels_last. Requantization rounds after the zero point is
         added, so the exact middle between two codes may go the other way than in `quantize_codes`.
     """
     x = _repeated(codes, weight, 1).contiguous(memory_format=torch.channels_last)
     packed, scale, zero, _ = weight
     low, high = (-math.inf, math.inf) if clip is None else clip
-    out_scale, out_zero, dtype = 1.0, 0, torch.float32
+    out_scale, out_zero = 1.0, 0
     if out_grid is not None:
         low, high = max(low, out_grid.low * out_grid.scale), min(high, out_grid.high * out_grid.scale)
         out_scale, out_zero, dtype = out_grid.scale, out_grid.zero, torch.uint8

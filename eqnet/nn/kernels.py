@@ -82,6 +82,11 @@ def quantize_rows(x: Tensor, grid: Grid) -> Tensor:
     return (x / grid.s).clamp_(grid.low, grid.high).round_().mul_(grid.s)
 
 
+def code_rows(x: Tensor, grid: Grid) -> Tensor:
+    """uint8 codes of rows [R, L] that count from the smallest value of the grid: `round(clip(x / s, low, high)) - low`."""
+    return (x / grid.s).clamp_(grid.low, grid.high).round_().sub_(grid.low).to(torch.uint8)
+
+
 def row_gradients(u: Tensor, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `quantize_rows` for the incoming gradient `u` [R, L].
 
@@ -102,6 +107,11 @@ def row_gradients(u: Tensor, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Ten
 def _forward(x: Tensor, scale: Tensor, offset: Tensor, formats: Formats, dtype: torch.dtype) -> tuple[Tensor, Grid]:
     grid = active_grid(scale, offset, formats)
     return quantize_rows(x, grid).to(dtype), grid
+
+
+def _codes(x: Tensor, scale: Tensor, offset: Tensor, formats: Formats) -> tuple[Tensor, Grid]:
+    grid = active_grid(scale, offset, formats)
+    return code_rows(x, grid), grid
 
 
 def _table_gradients(
@@ -169,12 +179,14 @@ class Kernels(NamedTuple):
 
     Attributes:
         forward: (x [R, L], scale [S], offset [A], formats, dtype of the result) -> (result [R, L], grid).
+        codes: (x [R, L], scale [S], offset [A], formats) -> (uint8 [R, L], grid), see `code_rows`.
         backward: (u [R, L], x, scale, offset, formats, grid) -> gradients of x, scale and offset.
         moments: see `moments`.
         moments_gradient: see there.
     """
 
     forward: Callable[[Tensor, Tensor, Tensor, Formats, torch.dtype], tuple[Tensor, Grid]]
+    codes: Callable[[Tensor, Tensor, Tensor, Formats], tuple[Tensor, Grid]]
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Formats, Grid], tuple[Tensor, Tensor, Tensor]]
     moments: Callable[[Tensor], Moments]
     moments_gradient: Callable[[Tensor, Moments, Tensor, Tensor], Tensor]
@@ -200,6 +212,14 @@ def _eager_forward(
     return out, grid
 
 
+def _eager_codes(x: Tensor, scale: Tensor, offset: Tensor, formats: Formats) -> tuple[Tensor, Grid]:
+    grid = active_grid(scale, offset, formats)
+    out = torch.empty_like(x, dtype=torch.uint8)
+    for rows in _blocks(x):
+        out[rows] = code_rows(x[rows], _part(grid, rows))
+    return out, grid
+
+
 def _eager_backward(
     u: Tensor, x: Tensor, scale: Tensor, offset: Tensor, formats: Formats, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,7 +231,7 @@ def _eager_backward(
     return grad_x, *_table_gradients(ds, db, scale, offset, formats, grid.bounds)
 
 
-EAGER = Kernels(_eager_forward, _eager_backward, moments, moments_gradient)
+EAGER = Kernels(_eager_forward, _eager_codes, _eager_backward, moments, moments_gradient)
 
 
 def _kind(leaf: Any) -> Any:
@@ -278,6 +298,10 @@ def compiled_kernels() -> Kernels:
         out, grid = _forward(x, scale, offset, Formats(*formats), dtype)
         return out, *grid
 
+    def flat_codes(x: Tensor, scale: Tensor, offset: Tensor, *formats: Tensor) -> Any:
+        out, grid = _codes(x, scale, offset, Formats(*formats))
+        return out, *grid
+
     def flat_backward(u: Tensor, x: Tensor, scale: Tensor, offset: Tensor, *rest: Tensor) -> Any:
         count = len(Formats._fields)
         return _backward(u, x, scale, offset, Formats(*rest[:count]), Grid(*rest[count:]))
@@ -285,11 +309,15 @@ def compiled_kernels() -> Kernels:
     def flat_moments_gradient(w: Tensor, *rest: Tensor) -> Any:
         return (moments_gradient(w, Moments(*rest[:-2]), *rest[-2:]),)
 
-    run_forward, run_backward = _compiled(flat_forward), _compiled(flat_backward)
+    run_forward, run_codes, run_backward = (_compiled(f) for f in (flat_forward, flat_codes, flat_backward))
     run_moments, run_moments_gradient = _compiled(moments), _compiled(flat_moments_gradient)
 
     def forward(x: Tensor, scale: Tensor, offset: Tensor, formats: Formats, dtype: torch.dtype) -> tuple[Tensor, Grid]:
         out, *grid = run_forward(x, scale, offset, dtype, *formats)
+        return out, Grid(*grid)
+
+    def codes(x: Tensor, scale: Tensor, offset: Tensor, formats: Formats) -> tuple[Tensor, Grid]:
+        out, *grid = run_codes(x, scale, offset, *formats)
         return out, Grid(*grid)
 
     def backward(
@@ -303,7 +331,7 @@ def compiled_kernels() -> Kernels:
         numbers = (number.reshape(1) for number in (*m, grad_skewness, grad_kurtosis))
         return run_moments_gradient(w, *numbers)[0]
 
-    return Kernels(forward, backward, lambda w: Moments(*run_moments(w)), of_moments)
+    return Kernels(forward, codes, backward, lambda w: Moments(*run_moments(w)), of_moments)
 
 
 def traced_kernels() -> Kernels:

@@ -11,7 +11,7 @@ device would store.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -59,6 +59,7 @@ class ElasticLayer(QuantMixin):
 
     weight_quantizer: ElasticQuantizer
     act_quantizer: ElasticQuantizer | None
+    trained_forward: Callable[[Any, Tensor], Tensor] | None = None  # see `eqnet.nn.integer_training`
     float_type: type
     _parameters: dict[str, nn.Parameter | None]
 
@@ -85,6 +86,14 @@ class ElasticLayer(QuantMixin):
     def weight(self) -> Tensor:
         """The fake-quantized weight in the active format."""
         return self.weight_quantizer(self.float_weight)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The simulation, or `trained_forward` where gradients of a quantized layer are recorded."""
+        act, forward = self.act_quantizer, self.trained_forward
+        if forward is None or act is None or not torch.is_grad_enabled():
+            return super().forward(x, *args, **kwargs)
+        quantized = act.enabled and self.weight_quantizer.enabled and not act.observing
+        return forward(self, x) if quantized else super().forward(x, *args, **kwargs)
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """Fake-quantizes the input in the active format."""
@@ -163,6 +172,7 @@ def make_quantized(module: nn.Module) -> None:
         buffers["act_zero_point"] = zero_point(act_scale, offset, qmin, qmax)
         buffers["act_qmin"], buffers["act_qmax"] = qmin.clone(), qmax.clone()
     del module.weight_quantizer, module.act_quantizer
+    vars(module).pop("trained_forward", None)
     become_quantized(module, buffers)
 
 

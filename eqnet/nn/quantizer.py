@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from eqnet.nn.calibration import Histogram, choose_qparams
-from eqnet.nn.functional import code_range, fake_quantize_active, quantize
+from eqnet.nn.functional import Selected, code_range, fake_quantize_active, quantize
 from eqnet.nn.kernels import EAGER, Formats, Kernels
 from eqnet.space import QuantFormat
 
@@ -128,16 +128,18 @@ class ElasticQuantizer(nn.Module):
             self._observe(x)
         if not self.enabled:
             return x
+        return fake_quantize_active(x, self.scale, self.offset, self.selected(x))
+
+    def selected(self, x: Tensor) -> Selected:
+        """The format that is active now, for `x`."""
         numel = x[0].numel() if self.numel is None else self.numel
-        return fake_quantize_active(
-            x, self.scale, self.offset, self.active, axis=self.axis, numel=numel, kernels=self.kernels
-        )
+        return Selected.of(self.active, self.axis, numel, self.kernels)
 
     @torch.no_grad()
     def quantized(self, x: Tensor, row: int) -> Tensor:
         """Fake-quantizes `x` in the format of a row, whichever is active; same shape, no gradient."""
         formats = self.active._replace(row=torch.full_like(self.row, row))
-        return fake_quantize_active(x, self.scale, self.offset, formats, axis=self.axis, kernels=self.kernels)
+        return fake_quantize_active(x, self.scale, self.offset, Selected.of(formats, self.axis, 1, self.kernels))
 
     @torch.no_grad()
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from eqnet.checkpoint import load_float_weights, read_json, save_tensors, write_json
 from eqnet.data import DataSplits, calibration_batches
+from eqnet.nn.integer import kernels_available
+from eqnet.nn.integer_training import use_integers
 from eqnet.nn.kernels import Kernels, choose_kernels, traced_kernels
 from eqnet.nn.supernet import Supernet
 from eqnet.run import Run, create_float_model, target_spaces, training_space
@@ -151,6 +153,8 @@ class Trainer:
         if calibrate and s.supernet is None:
             supernet.calibrate(self._calibration_images())
         supernet.use_kernels(self._kernels(supernet))
+        if self._on_integers():
+            use_integers(supernet)
         return supernet
 
     def _calibration_images(self) -> Tensor:
@@ -337,6 +341,22 @@ class Trainer:
             choose_kernels("on", device)  # says so at once if nothing can be compiled
             return traced_kernels()
         return choose_kernels(mode, device)
+
+    def _on_integers(self) -> bool:
+        """Whether forward passes of training run on integers.
+
+        Raises:
+            ValueError: they were asked for, and cannot.
+        """
+        t = self.settings.train
+        cpu = self.accelerator.device.type == "cpu" and kernels_available()
+        possible = cpu and t.precision != "fp16" and t.compile != "network"
+        if t.integer == "on" and not possible:
+            raise ValueError(
+                "train.integer=on needs a CPU with integer kernels (VNNI instructions), train.precision=fp32 or bf16, and "
+                "train.compile other than network; set train.integer=off."
+            )
+        return possible and (t.integer == "on" or (t.integer == "auto" and t.precision == "fp32"))
 
     def _to_device(self, model: nn.Module) -> nn.Module:
         layout = torch.channels_last if self.settings.train.channels_last else torch.contiguous_format
