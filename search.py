@@ -220,7 +220,7 @@ def search(job: Job, trained: Evaluator) -> None:
     predictor, fresh = fitted_predictor(
         trained.supernet.space, table.genomes, labels, table.accuracy, seed=seed, path=path
     )
-    text = "  ".join(f"{name} {value:.3f}" for name, value in predictor.metrics.items())
+    text = "  ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in predictor.metrics.items())
     job.console.print(f"predictor on {len(table)} configs; held-out fifth: {text}")
     if fresh and job.accelerator.is_main_process:
         save_predictor(job, predictor, path)
@@ -246,7 +246,7 @@ def save_predictor(job: Job, predictor: AccuracyPredictor, path: Path) -> None:
     """The predictor, its rank quality on the held-out fifth, and a picture of it."""
     predictor.save(path)
     assert predictor.held_out is not None
-    picture = plot_predictor(*predictor.held_out, predictor.metrics, job.run.path / "predictor.png")
+    picture = plot_predictor(predictor.held_out, job.run.path / "predictor.png")
     metrics = {f"predictor/{name}": value for name, value in predictor.metrics.items()}
     job.tracker.log(metrics, job.tracker.last_step)
     job.tracker.image("predictor/picture", picture)

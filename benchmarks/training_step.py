@@ -2,7 +2,8 @@
 
 A supernet step trains three subnets (largest, random, smallest) with guidance and weight distribution regularisation and
 updates once. Its floor is three plain float steps with the same layout and precision. 1.00 is three plain float32 steps in
-contiguous layout, which is what most people train with. Variants in bf16 are left out on a CPU without bf16 instructions.
+contiguous layout, which is what most people train with. Variants in bf16 are left out on a CPU without bf16 instructions, those
+whose forward passes run on integers on one without integer kernels.
 
     python -m benchmarks training_step [--full | --short] [--output folder]
 """
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 
 import eqnet.nn.models  # noqa: F401  registers the CIFAR ResNets with timm
 from benchmarks.timing import Size, interleave, nets_of, ratio
+from eqnet.nn.integer import kernels_available
+from eqnet.nn.integer_training import use_integers
 from eqnet.nn.kernels import choose_kernels, traced_kernels
 from eqnet.nn.supernet import Supernet
 from eqnet.settings import TrainSettings
@@ -46,13 +49,17 @@ VARIANTS = {
     "bf16, channels_last": ("float", "off", "bf16", torch.channels_last),
     "supernet float32, eager": ("supernet", "off", "fp32", torch.channels_last),
     "supernet float32, compiled": ("supernet", "on", "fp32", torch.channels_last),
+    "supernet float32, integers": ("supernet", "integers", "fp32", torch.channels_last),
     "supernet float32, network compiled": ("supernet", "network", "fp32", torch.channels_last),
     "supernet bf16, eager": ("supernet", "off", "bf16", torch.channels_last),
     "supernet bf16, compiled": ("supernet", "on", "bf16", torch.channels_last),
+    "supernet bf16, integers": ("supernet", "integers", "bf16", torch.channels_last),
     "supernet bf16, network compiled": ("supernet", "network", "bf16", torch.channels_last),
 }
 if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
     VARIANTS = {name: variant for name, variant in VARIANTS.items() if variant[2] != "bf16"}
+if not kernels_available():
+    VARIANTS = {name: variant for name, variant in VARIANTS.items() if variant[1] != "integers"}
 FLOORS = {"fp32": "float32, channels_last", "bf16": "bf16, channels_last"}
 UNIT = "float32, contiguous"
 
@@ -91,7 +98,12 @@ def supernet_steps(model: nn.Module, images: Tensor, labels: Tensor, precision: 
     """One step of the supernet; the configs change every time."""
     settings = TrainSettings()
     supernet = Supernet.from_model(model, tuple(images.shape[1:])).to(memory_format=torch.channels_last)
-    supernet.use_kernels(traced_kernels() if mode == "network" else choose_kernels(mode, images.device))
+    if mode == "network":
+        supernet.use_kernels(traced_kernels())
+    else:
+        supernet.use_kernels(choose_kernels("on" if mode == "integers" else mode, images.device))
+    if mode == "integers":
+        use_integers(supernet)
     supernet.calibrate(images[:8])
     supernet.train()
     AcceleratorState._reset_state(reset_partial_state=True)  # one process measures several precisions
@@ -115,13 +127,19 @@ def supernet_steps(model: nn.Module, images: Tensor, labels: Tensor, precision: 
 
 
 PARTS = {  # where the time goes: operations as the profiler names them
-    "convolutions": ("aten::mkldnn_convolution", "aten::convolution_backward", "aten::addmm", "aten::mm"),
+    "convolutions": (
+        *("aten::mkldnn_convolution", "aten::convolution_backward", "aten::addmm", "aten::mm"),
+        *("onednn::qconv2d_pointwise", "onednn::qlinear_pointwise"),
+    ),
     "batch norm": ("aten::native_batch_norm", "aten::native_batch_norm_backward"),
     "activation functions": ("aten::threshold_backward", "aten::relu"),
     "quantizers": ("_FakeQuantize", "_FakeQuantizeBackward"),
     "WDR": ("_Moments", "_MomentsBackward"),
     "optimizer": ("Optimizer.step#SupernetAdamW.step", "Optimizer.step#AdamW.step"),
 }
+
+
+INTEGER_LAYERS = ("_IntegerLayer", "_IntegerLayerBackward")
 
 
 def profiled(step: Callable[[], None]) -> dict[str, float]:
@@ -132,6 +150,9 @@ def profiled(step: Callable[[], None]) -> dict[str, float]:
     total = sum(e.self_cpu_time_total for e in events)
     spent = {e.key: e.cpu_time_total for e in events}
     shares = {part: 100 * sum(spent.get(name, 0.0) for name in names) / total for part, names in PARTS.items()}
+    whole = sum(spent.get(name, 0.0) for name in INTEGER_LAYERS)
+    if whole:  # what is left of such layers quantizes and packs
+        shares["quantizers"] = 100 * whole / total - shares["convolutions"]
     return {**shares, "everything else": 100 - sum(shares.values())}
 
 
@@ -155,15 +176,16 @@ def run(size: Size) -> dict[str, Any]:
         # compiling a whole network takes a minute, for a tiny one too
         chosen = [v for v, (_, mode, _, _) in VARIANTS.items() if size == "full" or mode != "network"]
         out[net] = measured(net, chosen, rounds, warmup)
-        for variant in [v for v, (_, mode, _, _) in VARIANTS.items() if mode == "on"]:
+        for variant in [v for v, (_, mode, _, _) in VARIANTS.items() if mode in ("on", "integers")]:
             step = make_step(net, variant)
             for _ in range(warmup):
                 step()
             out.setdefault(f"{net}: where the time goes [%]", {})[variant] = profiled(step)
-    pair = ("float32, channels_last", "supernet float32, compiled")
+    best = "integers" if kernels_available() else "compiled"
+    pair = ("float32, channels_last", f"supernet float32, {best}")
     if size != "full":
         return out
-    out["growth with batch and depth, float32"] = {
+    out[f"growth with batch and depth, float32, {best}"] = {
         net: {
             "float": rows[pair[0]]["seconds"],
             "supernet": rows[pair[1]]["seconds"],

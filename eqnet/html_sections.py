@@ -21,7 +21,6 @@ from eqnet.html_subnet_charts import (
 from eqnet.run import flatten_settings
 from eqnet.run_files import ConfigFacts, Evaluation, SupernetFacts
 from eqnet.run_record import RunRecord, Search
-from eqnet.scoring.predictor import rank_metrics
 from eqnet.settings import Settings
 
 COST_TITLES = {
@@ -195,7 +194,7 @@ def predictor_section(record: RunRecord) -> Section:
     if record.held_out is None or len(record.held_out.measured) < 2:
         text = f"No predictor yet; a search fits one: python search.py --run {record.path} --budget 4"
         return _lacking("Predictor", text)
-    figures = [(name, f"{value:.3f}") for name, value in rank_metrics(*record.held_out).items()]
+    figures = [(name.replace("_", " "), f"{value:.3f}") for name, value in record.held_out.metrics().items()]
     return Section("Predictor", figures=figures, charts=_numbered(predictor_charts(record.held_out)))
 
 

@@ -40,14 +40,15 @@ COST_AXES = {
 def predictor_charts(held_out: HeldOut) -> list[Chart]:
     """Predicted against measured accuracy of held-out configs, and the same of their ranks."""
     charts = []
-    ranks = HeldOut(*(scipy.stats.rankdata(values) for values in held_out))
+    accuracies = (held_out.predicted, held_out.measured)
+    ranks = tuple(scipy.stats.rankdata(values) for values in accuracies)
     for title, pairs, unit in (
-        ("Predicted against measured accuracy", held_out, "accuracy [%]"),
+        ("Predicted against measured accuracy", accuracies, "accuracy [%]"),
         ("Predicted against measured rank", ranks, "rank"),
     ):
         rows = [
             {"predicted": float(p), "measured": float(m), "predicted rank": float(pr), "measured rank": float(mr)}
-            for p, m, pr, mr in zip(*held_out, *ranks, strict=True)
+            for p, m, pr, mr in zip(*accuracies, *ranks, strict=True)
         ]
         fields = ("measured", "predicted") if unit != "rank" else ("measured rank", "predicted rank")
         ends = [float(min(v.min() for v in pairs)), float(max(v.max() for v in pairs))]

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from eqnet.checkpoint import atomic_write_text
 from eqnet.scoring.evaluation import UniformAccuracy
+from eqnet.scoring.predictor import HeldOut
 from eqnet.space import CostModel, Genomes, QuantConfig, QuantSpace
 from eqnet.space.cost import Costs
 from eqnet.training.stability import Stability
@@ -241,13 +242,14 @@ def plot_stability(found: Mapping[str, Stability], path: Path) -> Path:
     return _save(figure, path)
 
 
-def plot_predictor(predicted: NDArray[Any], measured: NDArray[Any], metrics: Mapping[str, float], path: Path) -> Path:
+def plot_predictor(held_out: HeldOut, path: Path) -> Path:
     """Predicted against measured accuracy of held-out configs, with the rank correlations."""
     figure, axis = _figure(4.6, 4.4)
+    predicted, measured, _ = held_out
     axis.plot(measured, predicted, ".", color=WEIGHT_COLOR, ms=5, alpha=0.7)
     ends = [min(measured.min(), predicted.min()), max(measured.max(), predicted.max())]
     axis.plot(ends, ends, ":", color="black", lw=0.8)
-    text = "\n".join(f"{name} {value:.3f}" for name, value in metrics.items() if np.isfinite(value))
+    text = "\n".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in held_out.metrics().items())
     axis.text(0.04, 0.96, text, transform=axis.transAxes, va="top", fontsize=8)
     axis.set_xlabel("measured validation accuracy [%]")
     axis.set_ylabel("predicted [%] (held-out configs)")

@@ -75,7 +75,20 @@ def test_400_rows_give_good_ranks_on_the_held_out_fifth(predictor: AccuracyPredi
     assert predictor.metrics["rmse"] < 1
     assert predictor.held_out is not None
     assert len(predictor.held_out.measured) == 80
-    assert predictor.metrics == rank_metrics(*predictor.held_out)
+    held_out = predictor.held_out
+    ranks = rank_metrics(held_out.predicted, held_out.measured)
+    assert predictor.metrics == {**ranks, "learned_kendall": ranks["kendall"]}  # it learned what was measured
+
+
+def test_metrics_tell_how_well_what_was_learned_is_predicted_where_measurements_are_noise(truth: Truth) -> None:
+    """A small validation split: accuracies in steps, labels that are smooth."""
+    genomes, smooth = truth.table(200)
+    coarse = np.random.default_rng(0).permutation(np.asarray(smooth))
+    fitted = AccuracyPredictor(truth.space)
+    metrics = fitted.fit(genomes, smooth, seed=0, measured=coarse)
+    assert metrics["learned_kendall"] > 0.7 > 0.4 > abs(metrics["kendall"])
+    assert fitted.held_out is not None
+    assert metrics["learned_kendall"] == rank_metrics(fitted.held_out.predicted, fitted.held_out.learned)["kendall"]
 
 
 def test_new_configs_are_ranked_too_also_at_equal_mean_bits(truth: Truth, predictor: AccuracyPredictor) -> None:

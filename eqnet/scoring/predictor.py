@@ -47,10 +47,18 @@ class HeldOut(NamedTuple):
     Attributes:
         predicted: float64 [N].
         measured: float64 [N].
+        learned: float64 [N], what rows like them taught the predictor: accuracies that measured divergences let expect, or
+            those measured.
     """
 
     predicted: Floats
     measured: Floats
+    learned: Floats
+
+    def metrics(self) -> dict[str, float]:
+        """`rank_metrics` against measured accuracies, and "learned_kendall", tau-b against `learned`."""
+        learned = rank_metrics(self.predicted, self.learned)["kendall"]
+        return {**rank_metrics(self.predicted, self.measured), "learned_kendall": learned}
 
 
 def rank_metrics(predicted: ArrayLike, measured: ArrayLike) -> dict[str, float]:
@@ -92,7 +100,7 @@ class AccuracyPredictor:
         space: the space that configs are encoded in, the training space of the supernet.
         recipe: architecture and training.
         metrics: what the last `fit` returned; empty before.
-        held_out: (predicted, measured) accuracy of the held-out fifth of the last `fit`; None before.
+        held_out: accuracies of the held-out fifth of the last `fit`; None before.
     """
 
     def __init__(self, space: QuantSpace, recipe: PredictorRecipe | None = None) -> None:
@@ -128,7 +136,7 @@ class AccuracyPredictor:
             measured: what the metrics compare predictions with, in percent, [N]; None means `accuracy`.
 
         Returns:
-            `rank_metrics` on the held-out fifth; "rmse" in accuracy points.
+            `HeldOut.metrics` of the held-out fifth; "rmse" in accuracy points.
 
         Raises:
             ValueError: fewer than 10 rows, arrays that do not fit together, or accuracies that are not finite.
@@ -138,8 +146,9 @@ class AccuracyPredictor:
         inputs = self._inputs(genomes)
         kept, held_out = _split(len(targets), seed)
         ensemble = Ensemble.fit(inputs[kept], targets[kept], self.recipe, seed)
-        self.held_out = HeldOut(self._fold(ensemble).predict(genomes[held_out]), truth[held_out])
-        self.metrics = rank_metrics(*self.held_out)
+        predicted = self._fold(ensemble).predict(genomes[held_out])
+        self.held_out = HeldOut(predicted, truth[held_out], targets[held_out])
+        self.metrics = self.held_out.metrics()
         self._keep(Ensemble.fit(inputs, targets, self.recipe, seed) if refit else ensemble)
         self.fingerprint = self._fingerprint(genomes, targets, truth, seed) if refit else ""
         return dict(self.metrics)
@@ -232,7 +241,7 @@ class AccuracyPredictor:
                 "and pass restrictions of it to score()."
             )
         predictor = AccuracyPredictor(space, recipe)
-        predictor.held_out, predictor.metrics = held_out, rank_metrics(*held_out)
+        predictor.held_out, predictor.metrics = held_out, held_out.metrics()
         predictor.fingerprint = header.get("fingerprint", "")
         predictor._keep(Ensemble(tensors))
         return predictor
