@@ -325,7 +325,7 @@ def table_size_curve(
         measured: as for `AccuracyPredictor.fit`.
 
     Returns:
-        For each size: "rows" and the `rank_metrics`.
+        For each size: "rows" and `HeldOut.metrics`.
 
     Raises:
         ValueError: as for `AccuracyPredictor.fit`, or a size out of range.
@@ -343,7 +343,7 @@ def table_size_curve(
             )
         ensemble = Ensemble.fit(inputs[kept[:size]], targets[kept[:size]], predictor.recipe, seed)
         predicted = predictor._fold(ensemble).predict(genomes[held_out])
-        curve.append({"rows": size, **rank_metrics(predicted, truth[held_out])})
+        curve.append({"rows": size, **HeldOut(predicted, truth[held_out], targets[held_out]).metrics()})
     return curve
 
 
