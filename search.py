@@ -28,7 +28,7 @@ from eqnet.scoring.evaluation import DIVERGENCE, VALIDATION, Evaluator, UniformA
 from eqnet.scoring.layer_statistics import gather
 from eqnet.scoring.predictor import AccuracyPredictor, fitted_predictor
 from eqnet.scoring.proxies import PROXIES, Proxy
-from eqnet.scoring.table import build_table, read_rows
+from eqnet.scoring.table import build_table, like_table, read_rows
 from eqnet.search import Found, ParetoFront, exact_front, measured_search, pareto_search
 from eqnet.search.exact import (
     METHODS,
@@ -115,6 +115,8 @@ def main() -> None:
             f"{run.path} trained one subnet, there is nothing to search; name its supernet's run with --run."
         )
     settings = search_settings(run.settings, arguments.settings)
+    integer = like_table(run.path / "table", settings.search.integer)
+    settings = settings.model_copy(update={"search": settings.search.model_copy(update={"integer": integer})})
     supernet, _ = run.load_supernet()
     target = None if arguments.target is None else load_target(arguments.target)
     subnet = None

@@ -26,7 +26,7 @@ from eqnet.scoring.evaluation import (
     evaluate_uniform,
     uniform_configs,
 )
-from eqnet.scoring.table import build_table, expected_accuracy
+from eqnet.scoring.table import build_table, expected_accuracy, like_table
 from eqnet.space import QuantConfig
 
 needs_kernels = pytest.mark.skipif(not kernels_available(), reason="this CPU has no integer kernels")
@@ -84,6 +84,16 @@ def test_test_accuracies_and_statistics_are_those_of_the_simulation(
     assert integer.measure(config, "validation", "test") == expected
     assert all(torch.equal(a, b) for a, b in zip(statistics(supernet), stored, strict=True))
     assert accuracy(supernet.extract(), integer.splits["test"]) == expected[1]
+
+
+def test_auto_measures_as_the_table_was_measured(tmp_path: Path, evaluator: Callable[[Integer], Evaluator]) -> None:
+    """Where it says simulation, so that tables from elsewhere serve a CPU with integer kernels."""
+    assert like_table(tmp_path, "auto") == "auto"
+    build_table(evaluator("off"), tmp_path, 3, 0, Accelerator())
+    assert [like_table(tmp_path, choice) for choice in ("auto", "on", "off")] == ["off", "on", "off"]
+    header = read_json(tmp_path / "header.json")
+    write_json(tmp_path / "header.json", {**header, "arithmetic": "integer"})
+    assert like_table(tmp_path, "auto") == "auto"
 
 
 def test_a_table_is_measured_one_way(tmp_path: Path, evaluator: Callable[[Integer], Evaluator]) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from eqnet.checkpoint import read_object, write_json
 from eqnet.lock import claimed
-from eqnet.scoring.evaluation import DIVERGENCE, VALIDATION, Evaluator, num_images
+from eqnet.scoring.evaluation import DIVERGENCE, VALIDATION, Evaluator, Integer, num_images
 from eqnet.scoring.work import Advance, shared
 from eqnet.settings import Measure
 from eqnet.space import Genomes, MeanBitsSampler, QuantSpace
@@ -107,6 +107,14 @@ def build_table(
     genomes, figures = table_genomes(space, size, seed, accelerator), (VALIDATION, DIVERGENCE)
     rows = measure_rows(evaluator, folder, space, genomes, figures, {"seed": seed}, accelerator, advance)
     return AccuracyTable(genomes, *rows.T)
+
+
+def like_table(folder: Path, integer: Integer) -> Integer:
+    """The choice `integer` of arithmetic; "auto" becomes "off" if the table in `folder` was measured by simulation."""
+    header = folder / "header.json"
+    if integer != "auto" or not header.exists():
+        return integer
+    return "off" if read_object(header).get("arithmetic", "simulation") == "simulation" else "auto"
 
 
 def measure_rows(
