@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.tables import save, show
 from eqnet.command import keep_freed_memory
-from eqnet.nn.kernels import choose_kernels
+from eqnet.nn.compiled import choose_kernels
 from eqnet.nn.layers import ElasticLayer
 from eqnet.nn.supernet import Supernet
 from eqnet.run import Run, open_data

@@ -43,9 +43,9 @@ from eqnet.augment import Augment
 from eqnet.checkpoint import read_json, write_json
 from eqnet.command import keep_freed_memory
 from eqnet.data import Batches, DataSplits, bn_batches, calibration_batches, random_subset
+from eqnet.nn.compiled import choose_kernels
 from eqnet.nn.integer import kernels_available
 from eqnet.nn.integer_supernet import IntegerSupernet
-from eqnet.nn.kernels import choose_kernels
 from eqnet.nn.supernet import Supernet, recalibrate_bn
 from eqnet.run import Run, open_data
 from eqnet.scoring.evaluation import Evaluator, accuracy

@@ -84,7 +84,7 @@ def learned_scalars(model: nn.Module, marker: str) -> int:
 
 def quantize_eqnet(images: Tensor, memory_format: str) -> list[Quantized]:
     """A supernet of all 28 formats per weight and 14 per input, in its 8-bit channel-sym-sym config, eager and compiled."""
-    from eqnet.nn.kernels import choose_kernels
+    from eqnet.nn.compiled import choose_kernels
     from eqnet.nn.supernet import Supernet
     from eqnet.space import Form
     from eqnet.training.optimizer import SupernetAdamW, parameter_groups

@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.tables import save, show
 from eqnet.command import keep_freed_memory
 from eqnet.data import Batches, random_subset
-from eqnet.nn.kernels import choose_kernels
+from eqnet.nn.compiled import choose_kernels
 from eqnet.nn.supernet import Supernet
 from eqnet.run import Run, open_data
 from eqnet.scoring.evaluation import Evaluator

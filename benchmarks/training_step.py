@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 import eqnet.nn.models  # noqa: F401  registers the CIFAR ResNets with timm
 from benchmarks.timing import Size, interleave, nets_of, ratio
+from eqnet.nn.compiled import choose_kernels, traced_kernels
 from eqnet.nn.integer import kernels_available
 from eqnet.nn.integer_training import use_integers
-from eqnet.nn.kernels import choose_kernels, traced_kernels
 from eqnet.nn.supernet import Supernet
 from eqnet.settings import TrainSettings
 from eqnet.space import SandwichSampler

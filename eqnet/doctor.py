@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from eqnet.nn.compiled import choose_kernels
 from eqnet.nn.integer import kernels_available
-from eqnet.nn.kernels import choose_kernels
 from eqnet.tracking import has_wandb_key
 
 # flags of /proc/cpuinfo, and what runs on them

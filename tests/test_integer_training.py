@@ -12,10 +12,12 @@ from timm.layers.std_conv import ScaledStdConv2d
 from torch import Tensor, nn
 
 import eqnet.nn.models  # noqa: F401  registers the CIFAR ResNets
+from eqnet.nn.compiled import compiled_kernels
 from eqnet.nn.integer import kernels_available
 from eqnet.nn.integer_training import use_integers
-from eqnet.nn.kernels import EAGER, compiled_kernels
+from eqnet.nn.kernels import EAGER
 from eqnet.nn.supernet import Supernet
+from eqnet.training.metamix import selected_by
 from tests.commands import TINY, one_sentence, train
 
 needs_kernels = pytest.mark.skipif(not kernels_available(), reason="this CPU has no integer kernels")
@@ -166,3 +168,28 @@ def test_integers_that_cannot_be_had_are_refused(tmp_path, setting):
     failed = train(tmp_path / "run", *TINY, "train.integer=on", setting)
     assert failed.returncode == 2
     assert "train.integer=off" in one_sentence(failed.stderr)
+
+
+@needs_kernels
+def test_logits_of_metamix_have_the_gradients_of_the_simulation():
+    """They come from hooks on the quantizers, so layers whose quantizers are hooked must call them."""
+    supernet = Supernet.from_model(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), (3, 8, 8),
+        bits=[2, 4, 8], symmetric=[True], granularity=["channel"], fixed={},
+    )  # fmt: skip
+    x = normal(4, 3, 8, 8)
+    supernet.calibrate(x)
+    space = supernet.space
+    found = []
+    for switch in (lambda _: None, use_integers):
+        switch(supernet)
+        choice = torch.zeros(space.bits.shape)
+        choice[torch.arange(space.num_genes), torch.tensor(space.encode(space.largest()), dtype=torch.int64)] = 1
+        choice.requires_grad_()
+        with selected_by(supernet, choice):
+            supernet.set_config(space.largest())
+            supernet(x).square().mean().backward()
+        found.append(choice.grad)
+    assert found[0] is not None
+    assert found[0].abs().sum() > 0
+    assert torch.equal(found[0], found[1])

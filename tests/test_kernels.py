@@ -9,9 +9,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from eqnet.nn import kernels
+from eqnet.nn import compiled
+from eqnet.nn.compiled import compiled_kernels
 from eqnet.nn.functional import fake_quantize_active
-from eqnet.nn.kernels import EAGER, compiled_kernels, from_rows, to_rows
+from eqnet.nn.kernels import EAGER, from_rows, to_rows
 from eqnet.nn.quantizer import ElasticQuantizer
 from eqnet.nn.supernet import Supernet
 from eqnet.space import QuantFormat, SandwichSampler
@@ -290,22 +291,22 @@ def test_copies_of_a_supernet_keep_their_kernels():
 
 def test_modes():
     cpu = torch.device("cpu")
-    assert kernels.choose_kernels("off", cpu) is EAGER
-    assert kernels.choose_kernels("on", cpu) is compiled_kernels()
-    assert kernels.choose_kernels("auto", cpu) is compiled_kernels()
+    assert compiled.choose_kernels("off", cpu) is EAGER
+    assert compiled.choose_kernels("on", cpu) is compiled_kernels()
+    assert compiled.choose_kernels("auto", cpu) is compiled_kernels()
 
 
 def test_without_a_compiler_auto_is_eager_and_on_is_refused():
     torch._dynamo.reset()
-    kernels.compiled_kernels.cache_clear()
+    compiled.compiled_kernels.cache_clear()
     try:
         # not pytest's monkeypatch, which hides these settings from whatever the process compiles afterwards
         with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}):
-            assert kernels.choose_kernels("auto", torch.device("cpu")) is EAGER
+            assert compiled.choose_kernels("auto", torch.device("cpu")) is EAGER
             with pytest.raises(ValueError, match=r"train\.compile=on"):
-                kernels.choose_kernels("on", torch.device("cpu"))
+                compiled.choose_kernels("on", torch.device("cpu"))
     finally:
-        kernels.compiled_kernels.cache_clear()
+        compiled.compiled_kernels.cache_clear()
         torch._dynamo.reset()
 
 

@@ -5,7 +5,8 @@ rounds each product (to bf16 under autocast). The backward pass is that of the s
 fake-quantized input and weight, which are computed again, then those of both quantizers. So nothing is kept for it but the
 input, which the network keeps anyway; the simulation also keeps its fake-quantized copy.
 
-Layers without an integer kernel, and those whose input or weight is not quantized, run as the simulation does.
+Layers without an integer kernel, those whose input or weight is not quantized, and those whose quantizers somebody hooked (MetaMix
+does), run as the simulation does.
 
 Shape legend: `N` batch, `C` input channels, `O` output channels, `H`, `W` height and width.
 """

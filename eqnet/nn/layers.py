@@ -88,12 +88,15 @@ class ElasticLayer(QuantMixin):
         return self.weight_quantizer(self.float_weight)  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The simulation, or `trained_forward` where gradients of a quantized layer are recorded."""
+        """The simulation, or `trained_forward` where gradients are recorded and both quantizers are `plain`."""
         act, forward = self.act_quantizer, self.trained_forward
-        if forward is None or act is None or not torch.is_grad_enabled():
+        if (
+            forward is None
+            or act is None
+            or not (torch.is_grad_enabled() and act.plain and self.weight_quantizer.plain)
+        ):
             return super().forward(x, *args, **kwargs)
-        quantized = act.enabled and self.weight_quantizer.enabled and not act.observing
-        return forward(self, x) if quantized else super().forward(x, *args, **kwargs)
+        return forward(self, x)
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """Fake-quantizes the input in the active format."""

@@ -130,6 +130,11 @@ class ElasticQuantizer(nn.Module):
             return x
         return fake_quantize_active(x, self.scale, self.offset, self.selected(x))
 
+    @property
+    def plain(self) -> bool:
+        """Whether calling it does nothing but fake-quantize: it is on, does not observe, and nobody hooked it."""
+        return self.enabled and not (self.observing or self._forward_hooks or self._forward_pre_hooks)
+
     def selected(self, x: Tensor) -> Selected:
         """The format that is active now, for `x`."""
         numel = x[0].numel() if self.numel is None else self.numel

@@ -33,9 +33,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eqnet.data import Batches, Data, DataSplits, bn_batches, random_subset
+from eqnet.nn.compiled import choose_kernels
 from eqnet.nn.integer import kernels_available
 from eqnet.nn.integer_supernet import IntegerSupernet
-from eqnet.nn.kernels import choose_kernels
 from eqnet.nn.supernet import Supernet
 from eqnet.scoring.work import Advance, shared
 from eqnet.settings import Settings

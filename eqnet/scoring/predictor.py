@@ -38,7 +38,7 @@ from eqnet.space.space import Genomes, QuantSpace
 
 Floats = NDArray[np.float64]
 MIN_ROWS = 10
-_FORMAT = "eqnet predictor 1"
+_FORMAT = "eqnet predictor 2"
 
 
 class HeldOut(NamedTuple):
@@ -228,7 +228,9 @@ class AccuracyPredictor:
         with safetensors.safe_open(path, "pt") as file:
             header = file.metadata() or {}
         if header.get("format") != _FORMAT:
-            raise ValueError(f"'{path}' is not an accuracy predictor of this version.")
+            raise ValueError(
+                f"'{path}' is not an accuracy predictor of this version; remove it, and the next search fits one."
+            )
         try:
             fitted_for = QuantSpace.from_json(parse_json(header["space"], "its space"))
             recipe = PredictorRecipe(**parse_json(header["recipe"], "its recipe"))

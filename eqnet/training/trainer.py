@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from eqnet.checkpoint import load_float_weights, read_json, save_tensors, write_json
 from eqnet.data import DataSplits, calibration_batches
+from eqnet.nn.compiled import choose_kernels, traced_kernels
 from eqnet.nn.integer import kernels_available
 from eqnet.nn.integer_training import use_integers
-from eqnet.nn.kernels import Kernels, choose_kernels, traced_kernels
+from eqnet.nn.kernels import Kernels
 from eqnet.nn.supernet import Supernet
 from eqnet.run import Run, create_float_model, target_spaces, training_space
 from eqnet.run_checkpoints import Checkpoint
