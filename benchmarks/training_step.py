@@ -10,7 +10,7 @@ whose forward passes run on integers on one without integer kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from eqnet.nn.integer_training import use_integers
 from eqnet.nn.supernet import Supernet
 from eqnet.settings import TrainSettings
 from eqnet.space import SandwichSampler
+from eqnet.training.cuda_graph import GraphedGradients
 from eqnet.training.optimizer import SupernetAdamW, parameter_groups
 from eqnet.training.step import supernet_step
 
@@ -85,7 +86,7 @@ def float_steps(model: nn.Module, images: Tensor, labels: Tensor, precision: str
 
     def run() -> None:
         for _ in range(3):
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 logits = model(images)
             F.cross_entropy(logits.float(), labels).backward()
             optimizer.step()
@@ -94,8 +95,10 @@ def float_steps(model: nn.Module, images: Tensor, labels: Tensor, precision: str
     return run
 
 
-def supernet_steps(model: nn.Module, images: Tensor, labels: Tensor, precision: str, mode: Any) -> Callable[[], None]:
-    """One step of the supernet; the configs change every time."""
+def supernet_steps(
+    model: nn.Module, images: Tensor, labels: Tensor, precision: str, mode: Any, graph: bool = False
+) -> Callable[[], None]:
+    """One step of the supernet, on request with its gradients as a CUDA graph; the configs change every time."""
     settings = TrainSettings()
     supernet = Supernet.from_model(model, tuple(images.shape[1:])).to(memory_format=torch.channels_last)
     if mode == "network":
@@ -107,7 +110,7 @@ def supernet_steps(model: nn.Module, images: Tensor, labels: Tensor, precision: 
     supernet.calibrate(images[:8])
     supernet.train()
     AcceleratorState._reset_state(reset_partial_state=True)  # one process measures several precisions
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if precision == "bf16" else "no")
+    accelerator = Accelerator(cpu=images.device.type == "cpu", mixed_precision="bf16" if precision == "bf16" else "no")
     groups = parameter_groups(
         supernet, supernet.step_sizes(), supernet.offsets(), lr=1e-4, step_size_lr=1e-4, weight_decay=0.0
     )
@@ -117,9 +120,13 @@ def supernet_steps(model: nn.Module, images: Tensor, labels: Tensor, precision: 
     sampler = SandwichSampler(supernet.space, num_random=settings.num_random, form_per=settings.form_per)
     generator = np.random.default_rng(0)
 
+    def gradients(model: nn.Module, images: Tensor, labels: Tensor, configs: Sequence[Any]) -> dict[str, Tensor]:
+        return supernet_step(accelerator, model, supernet, images, labels, configs, F.cross_entropy, settings)
+
+    compute = GraphedGradients(supernet, gradients) if graph else gradients
+
     def run() -> None:
-        configs = sampler.sample(generator)
-        supernet_step(accelerator, prepared, supernet, images, labels, configs, F.cross_entropy, settings)
+        compute(prepared, images, labels, sampler.sample(generator))
         optimizer.step()
         optimizer.zero_grad()
 

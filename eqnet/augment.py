@@ -39,6 +39,12 @@ def keyed_rng(seed: int, purpose: Purpose, *key: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_PURPOSES[purpose], *key)))
 
 
+def upload(values: NDArray[Any], device: torch.device) -> Tensor:
+    """An array as a tensor on a device; a GPU goes on with what it has to do, and so does the caller."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class ShiftFlip(NamedTuple):
     """Drawn augmentation of one batch: `offsets` int64 [B, 2] (row, column; `pad` means unmoved), `flips` bool [B]."""
 
@@ -75,8 +81,8 @@ def shift_flip(images: Tensor, drawn: ShiftFlip, pad: int) -> Tensor:
     columns = drawn.offsets[:, 1:] + np.where(drawn.flips[:, None], columns[::-1], columns)
     padded = torch.nn.functional.pad(images, (0, 0, pad, pad, pad, pad))
     which = torch.arange(count, device=images.device)[:, None, None]
-    row_index = torch.from_numpy(rows).to(images.device)[:, :, None]
-    column_index = torch.from_numpy(columns).to(images.device)[:, None, :]
+    row_index = upload(rows, images.device)[:, :, None]
+    column_index = upload(columns, images.device)[:, None, :]
     return padded[which, row_index, column_index]
 
 

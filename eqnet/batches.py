@@ -31,6 +31,7 @@ from eqnet.augment import (
     seed_generators,
     shift_flip,
     shift_pad,
+    upload,
 )
 
 
@@ -268,7 +269,7 @@ class Batches:
 
     def _array_batch(self, epoch: int, batch: int, positions: Ints) -> tuple[Tensor, Tensor]:
         share = self._share(len(positions))
-        chosen = torch.from_numpy(positions[share]).to(self.device)
+        chosen = upload(positions[share], self.device)
         images = self._images.index_select(0, chosen)
         if self.augment != "none":
             pad = shift_pad(images.shape[1])

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor
@@ -21,11 +22,12 @@ from eqnet.run_checkpoints import KEPT_CHECKPOINTS, Checkpoint
 from eqnet.scoring.evaluation import Evaluator, uniform_configs
 from eqnet.settings import Settings
 from eqnet.tracking import Tracker
+from eqnet.training.cuda_graph import WARM_UP_STEPS
 from eqnet.training.loop import Loop, Phase
 from eqnet.training.trainer import Trainer
 from eqnet.usage import Used, bytes_text, clock, peak_memory
 
-WARM_UP, TIMED = 2, 4  # steps of each phase
+WARM_UP, TIMED = 2, 4  # steps of each phase on CPU
 
 
 @dataclass
@@ -78,20 +80,24 @@ class _Probe(Loop):
             return
         phase.model.train()
         seconds: list[float] = []
-        while len(seconds) < WARM_UP + TIMED:
+        gpu = self.accelerator.device.type == "cuda"
+        warm_up = WARM_UP_STEPS + 2 if gpu else WARM_UP  # until a graph has been recorded and replayed
+        while len(seconds) < warm_up + TIMED:
             begin = time.perf_counter()
             for images, labels in self.batches.epoch(0, 0):
                 self.gradients(phase, images, labels, total - 1, 0.0)
                 phase.optimizer.step()
                 phase.optimizer.zero_grad()
                 self.accelerator.wait_for_everyone()
+                if gpu:
+                    torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - begin)
                 begin = time.perf_counter()
-                if len(seconds) == WARM_UP + TIMED:
+                if len(seconds) == warm_up + TIMED:
                     break
         self.estimate.steps[phase.name] = total
         # the mean: other work on the machine slows every step, so the fastest ones are hardly nearer to those of an idle machine
-        step = statistics.fmean(seconds[WARM_UP:])
+        step = statistics.fmean(seconds[warm_up:])
         self.estimate.seconds[phase.name] = step * total
         self.estimate.seconds["start"] -= step * len(seconds)  # what else the first steps took, e.g. a compiler, stays
         held = [phase.model, *phase.modules.values()]

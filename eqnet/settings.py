@@ -129,6 +129,7 @@ class TrainSettings(_Section):
     # "on": the quantizers, "network": the whole network, "auto": the quantizers where it pays
     compile: Annotated[Literal["auto", "on", "off", "network"], BeforeValidator(_word)] = "auto"
     integer: Switch = "auto"  # forward passes on integers; auto: where the CPU has the kernels and precision is fp32
+    cuda_graph: Switch = "auto"  # a step's gradients as one CUDA graph; auto: on one GPU, unless precision is fp16
     sync_bn: bool = False  # GPU only: BN statistics over all processes
     calibration_images: int = Field(256, ge=1)
     checkpoint_steps: int = Field(200, ge=1)

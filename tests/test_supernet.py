@@ -774,3 +774,16 @@ def test_standardized_convolutions_are_quantized_after_standardization(layer, im
     torch.testing.assert_close(supernet(images()), reference(images()), rtol=0.05, atol=0.05)
     supernet(images()).sum().backward()
     assert supernet.latent_weights()["0"].grad.abs().sum() > 0
+
+
+def test_a_config_is_activated_by_its_rows(supernet: Supernet, images: Images) -> None:
+    x = images(2)
+    for seed in range(3):
+        config = supernet.space.sample(rng(seed))
+        supernet.set_config(config)
+        expected = supernet(x)
+        supernet.set_config(None)
+        supernet.set_rows(torch.tensor(supernet.rows(config)))
+        assert torch.equal(supernet(x), expected)
+    with pytest.raises(ValueError, match="misses"):
+        supernet.rows(QuantConfig({}))

@@ -22,7 +22,7 @@ from eqnet.nn.calibration import in_threads
 from eqnet.nn.kernels import EAGER, Kernels
 from eqnet.nn.layers import LAYER_TYPES, ElasticLayer, QuantMixin, layer_kind, make_elastic, make_quantized
 from eqnet.nn.quantizer import ElasticQuantizer
-from eqnet.space import LayerInfo, QuantConfig, QuantSpace
+from eqnet.space import LayerInfo, QuantConfig, QuantFormat, QuantSpace
 
 BATCH_NORM_TYPES = (nn.modules.batchnorm._BatchNorm,)
 
@@ -211,16 +211,40 @@ class Supernet(nn.Module):
         """
         if config is not None:
             self.space.check(config)  # before anything changes, so that a refused config leaves the active one intact
-        for layer in self._layers.values():
-            layer.weight_quantizer.enabled = config is not None and not self._float_weights
-            if layer.act_quantizer is not None:
-                layer.act_quantizer.enabled = config is not None
+        self._switch(config is not None)
         for name, chosen in (config or {}).items():
             layer = self._layers[name]
             layer.weight_quantizer.select(chosen.weight)
             if layer.act_quantizer is not None and chosen.act is not None:
                 layer.act_quantizer.select(chosen.act)
         self.config = config
+
+    def _switch(self, on: bool) -> None:
+        """Switches quantization on or off, of weights only outside `float_weights`."""
+        for layer in self._layers.values():
+            layer.weight_quantizer.enabled = on and not self._float_weights
+            if layer.act_quantizer is not None:
+                layer.act_quantizer.enabled = on
+
+    def rows(self, config: QuantConfig) -> list[int]:
+        """The active row of every quantizer in a config, in the order of `quantizers`.
+
+        Raises:
+            ValueError: the config is not a point of the space.
+        """
+        self.space.check(config)
+        formats: list[QuantFormat | None] = []
+        for name, layer in self._layers.items():
+            formats += [config[name].weight] if layer.act_quantizer is None else [config[name].weight, config[name].act]
+        return [0 if f is None else q.rows[f] for f, (_, q) in zip(formats, self.quantizers(), strict=True)]
+
+    def set_rows(self, rows: Tensor) -> None:
+        """Activates a config by its rows, int64 [quantizers] on the device of the model, without waiting for their values.
+
+        `config` is left to the caller, who knows which one it is.
+        """
+        self._switch(True)
+        torch._foreach_copy_([quantizer.row for _, quantizer in self.quantizers()], list(rows.split(1)))
 
     @contextmanager
     def float_weights(self) -> Iterator[None]:

@@ -46,7 +46,7 @@ def supernet_step(
     supernet: Supernet,
     images: Tensor,
     targets: Tensor,
-    configs: Sequence[QuantConfig],
+    configs: Sequence[QuantConfig | Tensor],
     criterion: Criterion,
     settings: TrainSettings,
     teacher: nn.Module | None = None,
@@ -59,7 +59,8 @@ def supernet_step(
         supernet: the bare supernet; its configs are switched.
         images: [N, C, H, W] of this process.
         targets: labels int64 [N], or soft targets [N, classes].
-        configs: largest, random ..., smallest, in this order; one config trains statically.
+        configs: largest, random ..., smallest, in this order, or their rows as in `Supernet.set_rows`; one config trains
+            statically.
         criterion: the task loss on (logits, targets), averaged over the batch.
         settings: weights of the parts.
         teacher: optional float model that guides the largest subnet.
@@ -88,7 +89,7 @@ def accumulate_gradients(
     supernet: Supernet,
     images: Tensor,
     targets: Tensor,
-    configs: Mapping[str, QuantConfig],
+    configs: Mapping[str, QuantConfig | Tensor],
     criterion: Criterion,
     settings: TrainSettings,
     teacher: nn.Module | None = None,
@@ -99,7 +100,7 @@ def accumulate_gradients(
     """Accumulates the gradients of the losses of some subnets, one after the other on each micro-batch.
 
     Args:
-        configs: subnets by name.
+        configs: subnets by name, or their rows as above.
         progressive: each subnet teaches the next; otherwise the teacher, if any, guides all of them.
         scale: factor on the sum of the losses.
 
@@ -119,7 +120,10 @@ def accumulate_gradients(
             with torch.no_grad(), accelerator.autocast():
                 guide = teacher(x)
         for number, (name, config) in enumerate(configs.items(), 1):
-            supernet.set_config(config)
+            if isinstance(config, Tensor):
+                supernet.set_rows(config)
+            else:
+                supernet.set_config(config)
             last = i == chunks - 1 and number == len(configs)
             with accelerator.no_sync(model) if not last else nullcontext():
                 with accelerator.autocast():

@@ -33,6 +33,7 @@ from eqnet.run_checkpoints import Checkpoint
 from eqnet.settings import Settings
 from eqnet.space import QuantConfig, SandwichSampler
 from eqnet.tracking import Tracker
+from eqnet.training.cuda_graph import GraphedGradients
 from eqnet.training.finetune import build_supernet
 from eqnet.training.loop import Evaluate, Loop, Phase
 from eqnet.training.metamix import (
@@ -169,11 +170,17 @@ class Trainer:
         parts = [] if s.one_subnet else target_spaces(supernet.space, s.space.targets)
         sampler = SandwichSampler(supernet.space, num_random=t.num_random, form_per=t.form_per, within=parts)
 
-        def step(model: nn.Module, images: Tensor, targets: Tensor, step: int) -> dict[str, Tensor]:
-            configs = step_configs(sampler, s.seed, step)
+        def gradients(
+            model: nn.Module, images: Tensor, targets: Tensor, configs: Sequence[QuantConfig | Tensor]
+        ) -> dict[str, Tensor]:
             return supernet_step(
                 self.accelerator, model, supernet, images, targets, configs, self._criterion, t, teacher=teacher
             )
+
+        run = GraphedGradients(supernet, gradients) if self._graphed() else gradients
+
+        def step(model: nn.Module, images: Tensor, targets: Tensor, step: int) -> dict[str, Tensor]:
+            return run(model, images, targets, step_configs(sampler, s.seed, step))
 
         first = None if s.subnet is None else self.evaluate  # as it came
         self._train("supernet", supernet, step, resume, ema=ema, evaluate=self.evaluate, first=first)
@@ -358,6 +365,21 @@ class Trainer:
                 "train.compile other than network; set train.integer=off."
             )
         return possible and (t.integer == "on" or (t.integer == "auto" and t.precision == "fp32"))
+
+    def _graphed(self) -> bool:
+        """Whether the gradients of a step run as a CUDA graph.
+
+        Raises:
+            ValueError: they should, and cannot.
+        """
+        t, accelerator = self.settings.train, self.accelerator
+        possible = accelerator.device.type == "cuda" and accelerator.num_processes == 1 and t.precision != "fp16"
+        if t.cuda_graph == "on" and not possible:
+            raise ValueError(
+                "train.cuda_graph=on needs a CUDA device, one process, and train.precision=fp32 or bf16; set "
+                "train.cuda_graph=off."
+            )
+        return possible and t.cuda_graph != "off"
 
     def _to_device(self, model: nn.Module) -> nn.Module:
         layout = torch.channels_last if self.settings.train.channels_last else torch.contiguous_format
