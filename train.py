@@ -29,6 +29,7 @@ from eqnet.settings import Settings, load_settings
 from eqnet.space import COSTS, Budget
 from eqnet.subnet import describe_subnet, save_subnet
 from eqnet.tracking import Tracker
+from eqnet.training.backend import check_backend
 from eqnet.training.finetune import build_supernet, complete_settings, note_first_accuracy, store_subnet
 from eqnet.training.loop import make_accelerator
 from eqnet.training.metamix import bind_budget, branch_configs, budget_costs
@@ -73,6 +74,7 @@ def main() -> None:
         if (run.path / "evaluation.json").exists():
             return console.print(f"{run.path} is finished; {next_step(run)}")
     else:
+        check_backend(run.settings.train, accelerator)
         if not used.seconds:
             check_model(run.settings, data)
         if arguments.estimate:

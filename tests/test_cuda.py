@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ from eqnet.batches import ArrayData, Batches
 from eqnet.nn.compiled import compiled_kernels, traced_kernels
 from eqnet.nn.kernels import EAGER, Kernels
 from eqnet.nn.supernet import Supernet
+from eqnet.scoring.evaluation import exact_convolutions
 from eqnet.settings import TrainSettings
 from eqnet.space import SandwichSampler
 from eqnet.training.cuda_graph import WARM_UP_STEPS, GraphedGradients
@@ -123,6 +125,18 @@ def test_batches_on_the_gpu_are_those_of_the_cpu() -> None:
     for (x, y), (u, v) in zip(ours.epoch(2), theirs.epoch(2), strict=True):
         assert torch.allclose(x.cpu(), u, atol=1e-6)
         assert torch.equal(y.cpu(), v)
+
+
+def test_subnets_are_measured_in_float32() -> None:
+    convolution = nn.Conv2d(16, 16, 3)
+    x = torch.randn(2, 16, 9, 9, generator=torch.Generator().manual_seed(4))
+    exact = copy.deepcopy(convolution).double()(x.double())
+    convolution.cuda()
+    before = torch.backends.cudnn.allow_tf32
+    with exact_convolutions():
+        out = convolution(x.cuda()).cpu()
+    assert float((out - exact).norm() / exact.norm()) < 1e-6
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 def run(script: str, folder: Path, *arguments: str) -> str:

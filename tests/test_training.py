@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from commands import ROOT, TINY, environment, launch, train
+from commands import ROOT, TINY, environment, launch, one_sentence, train
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -361,6 +361,14 @@ def test_with_targets_the_space_is_their_union_and_every_subnet_runs_on_one() ->
         configs = step_configs(sampler, 7, step)
         assert configs == step_configs(SandwichSampler(space, 2, within=parts), 7, step), "a resumed run draws the same"
         assert all(any(target.check(config, layers) == [] for target in targets) for config in configs)
+
+
+@pytest.mark.parametrize("switch", ["train.cuda_graph=on", "train.integer=on"])
+def test_what_this_machine_cannot_do_is_refused_before_anything_is_written(tmp_path: Path, switch: str) -> None:
+    failed = train(tmp_path / "run", *TINY, switch, "train.precision=fp16")
+    assert failed.returncode == 2
+    assert switch.replace("=on", "=off") in one_sentence(failed.stderr)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_unknown_target_is_one_sentence_with_the_nearest_name(tmp_path: Path) -> None:

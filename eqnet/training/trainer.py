@@ -23,8 +23,6 @@ from torch import Tensor, nn
 
 from eqnet.checkpoint import load_float_weights, read_json, save_tensors, write_json
 from eqnet.data import DataSplits, calibration_batches
-from eqnet.nn.compiled import choose_kernels, traced_kernels
-from eqnet.nn.integer import kernels_available
 from eqnet.nn.integer_training import use_integers
 from eqnet.nn.kernels import Kernels
 from eqnet.nn.supernet import Supernet
@@ -33,6 +31,7 @@ from eqnet.run_checkpoints import Checkpoint
 from eqnet.settings import Settings
 from eqnet.space import QuantConfig, SandwichSampler
 from eqnet.tracking import Tracker
+from eqnet.training.backend import as_cuda_graph, on_integers, training_kernels
 from eqnet.training.cuda_graph import GraphedGradients
 from eqnet.training.finetune import build_supernet
 from eqnet.training.loop import Evaluate, Loop, Phase
@@ -52,7 +51,6 @@ from eqnet.training.stability import Stability, measure_stability
 from eqnet.training.step import Criterion, supernet_step
 
 SubnetStep = Callable[[nn.Module, Tensor, Tensor, int], dict[str, Tensor]]
-COMPILE_PAYS = 3e9  # quantized inputs of a whole run on CPU from which compiling, 10 to 20 s, saves more than it costs
 
 
 class Trainer:
@@ -155,7 +153,7 @@ class Trainer:
         if calibrate and s.supernet is None:
             supernet.calibrate(self._calibration_images())
         supernet.use_kernels(self._kernels(supernet))
-        if self._on_integers():
+        if on_integers(s.train, self.accelerator.device):
             use_integers(supernet)
         return supernet
 
@@ -177,7 +175,7 @@ class Trainer:
                 self.accelerator, model, supernet, images, targets, configs, self._criterion, t, teacher=teacher
             )
 
-        run = GraphedGradients(supernet, gradients) if self._graphed() else gradients
+        run = GraphedGradients(supernet, gradients) if as_cuda_graph(t, self.accelerator) else gradients
 
         def step(model: nn.Module, images: Tensor, targets: Tensor, step: int) -> dict[str, Tensor]:
             return run(model, images, targets, step_configs(sampler, s.seed, step))
@@ -335,51 +333,11 @@ class Trainer:
     # -- what the phases share ----------------------------------------------------------------------------------------
 
     def _kernels(self, supernet: Supernet) -> Kernels:
-        mode, device = self.settings.train.compile, self.accelerator.device
-        values = (
-            sum(layer.act_numel for layer in supernet.space.layers)
-            * self.settings.data.batch_size
-            // self.accelerator.num_processes
-        )
         epochs = sum(count for name, count in self.epochs.items() if name != "pretrain")
-        steps = epochs * len(self.loop.batches) * (2 + self.settings.train.num_random)
-        if mode == "auto" and device.type == "cpu" and values * steps < COMPILE_PAYS:
-            mode = "off"
-        if mode == "network":
-            choose_kernels("on", device)  # says so at once if nothing can be compiled
-            return traced_kernels()
-        return choose_kernels(mode, device)
-
-    def _on_integers(self) -> bool:
-        """Whether forward passes of training run on integers.
-
-        Raises:
-            ValueError: they were asked for, and cannot.
-        """
-        t = self.settings.train
-        cpu = self.accelerator.device.type == "cpu" and kernels_available()
-        possible = cpu and t.precision != "fp16" and t.compile != "network"
-        if t.integer == "on" and not possible:
-            raise ValueError(
-                "train.integer=on needs a CPU with integer kernels (VNNI instructions), train.precision=fp32 or bf16, and "
-                "train.compile other than network; set train.integer=off."
-            )
-        return possible and (t.integer == "on" or (t.integer == "auto" and t.precision == "fp32"))
-
-    def _graphed(self) -> bool:
-        """Whether the gradients of a step run as a CUDA graph.
-
-        Raises:
-            ValueError: they should, and cannot.
-        """
-        t, accelerator = self.settings.train, self.accelerator
-        possible = accelerator.device.type == "cuda" and accelerator.num_processes == 1 and t.precision != "fp16"
-        if t.cuda_graph == "on" and not possible:
-            raise ValueError(
-                "train.cuda_graph=on needs a CUDA device, one process, and train.precision=fp32 or bf16; set "
-                "train.cuda_graph=off."
-            )
-        return possible and t.cuda_graph != "off"
+        passes = epochs * len(self.loop.batches) * (2 + self.settings.train.num_random)
+        images = self.settings.data.batch_size // self.accelerator.num_processes
+        values = sum(layer.act_numel for layer in supernet.space.layers) * images
+        return training_kernels(self.settings.train, self.accelerator.device, values * passes)
 
     def _to_device(self, model: nn.Module) -> nn.Module:
         layout = torch.channels_last if self.settings.train.channels_last else torch.contiguous_format
