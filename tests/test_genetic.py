@@ -192,6 +192,19 @@ def test_no_config_is_scored_twice(small: QuantSpace, search: str) -> None:
     assert min(map(len, seen)) > 0
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_no_exchange_of_bits_improves_the_result(small: QuantSpace, seed: int) -> None:
+    score, budget = Truth(small), Budget.parse("w=4,a=5").bind(small)
+    result = genetic_search(small, score, budget, seed=seed, population=4, generations=1)
+    best = result.genomes[0]
+    for i, j in itertools.product(range(small.num_genes), repeat=2):
+        changed = best.copy()
+        if i != j and small.step_up[i, best[i]] >= 0 and small.step_down[j, best[j]] >= 0:
+            changed[i], changed[j] = small.step_up[i, best[i]], small.step_down[j, best[j]]
+            if budget.feasible(changed[None])[0]:
+                assert score(changed[None])[0] <= result.scores[0]
+
+
 def test_a_space_that_is_soon_seen_whole() -> None:
     space = make_space(
         [8, 4, 6], bits=[2, 4], symmetric=[True], granularity=["tensor"]

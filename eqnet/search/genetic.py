@@ -6,8 +6,8 @@ Variation works on whole arrays of genomes. Every config has one form.
 
 Departs from the official code: children are repaired, not drawn again until one fits, and in every other generation they then
 spend what is left of the budget; half of the mutants move by single steps of bits; the form is searched too; elites are distinct; configs
-of uniform bits are seeds; all randomness comes from `seed` (DEAP's variation operators and its tournament use Python's global
-generator, so they are not used). With an additive score on 54 layers the result is then within 5 % of a bound on the gain
+of uniform bits are seeds; in the end the best one climbs by exchanging bits between two genes, in each form; all randomness comes
+from `seed` (DEAP's variation operators and its tournament use Python's global generator, so they are not used). With an additive score on 54 layers the result is then within 5 % of a bound on the gain
 over uniform bits after 100 generations (tested); without filling, steps and mixed rates it was 30 % away.
 
 DEAP's individuals are handles on rows of arrays, and only configs that selection could keep become one.
@@ -128,6 +128,8 @@ def genetic_search(
             new = new[scores[new] > bar]
         children = _individuals(_Score, genomes, genome_forms, new, [scores])
         hall.update(children)
+        if generation == generations:
+            _climb(hall, variation, scored)
         survivors = tools.selBest([*survivors, *children], elites)
         history.append((generation, hall[0].fitness.values[0], float(scores.mean())))
         if progress is not None:
@@ -141,6 +143,20 @@ def genetic_search(
                 genomes = budget.fill(genomes, rng)
     winners = np.array([winner.fitness.values[0] for winner in hall])
     return SearchResult(_arrays(hall)[0], winners, history, len(scored.known))
+
+
+def _climb(hall: tools.HallOfFame, variation: Variation, scored: _Scored) -> None:
+    """Takes the best config to each form, then by the best exchange of bits between two genes, while one is better."""
+    for genome, form in zip(*variation.in_every_form(hall[0].genome), strict=True):
+        best, around = -np.inf, np.array([genome])
+        while len(around):
+            scores, new = scored(around)
+            new = new[scores[new] > hall[-1].fitness.values[0]] if len(hall) == hall.maxsize else new
+            hall.update(_individuals(_Score, around, np.full(len(around), form), new, [scores]))
+            if scores.max() <= best:
+                break
+            best = scores.max()
+            around = variation.exchanges(around[scores.argmax()])
 
 
 def pareto_search(

@@ -20,6 +20,7 @@ from eqnet.space.sampling import MeanBitsSampler
 from eqnet.space.space import Genomes, QuantSpace
 
 Forms = NDArray[np.intp]
+_EXCHANGES = 1024  # pairs of steps that are looked at together
 _START_BAND = 0.5  # the first population starts with mean bits at most this much below their limits, as in the paper
 
 
@@ -136,6 +137,28 @@ class Variation:
         crossovers = self._crossovers(genomes[crossed], forms[crossed], genomes[partners], forms[partners])
         children = np.concatenate([mutated, crossovers])
         return self._repaired(children), np.concatenate([mutated_forms, forms[crossed]])
+
+    def in_every_form(self, genome: Genomes) -> tuple[Genomes, Forms]:
+        """A config [G] taken to the nearest bits of each form, within the budget: [K, G] and [K]."""
+        forms = np.arange(len(self.forms))
+        return self._repaired(self._in_form(np.repeat(genome[None], len(forms), axis=0), forms)), forms
+
+    def exchanges(self, genome: Genomes) -> Genomes:
+        """Configs within the budget [N, G] that take one step of bits up from `genome` [G], one down, or both.
+
+        Of the pairs at most `_EXCHANGES`, drawn at random.
+        """
+        down, up = self._steps.reshape(2, self.space.num_genes, -1)[:, self._columns, genome]
+        risen, fallen = (np.append(np.flatnonzero(to != genome), -1) for to in (up, down))  # -1: none
+        first, second = (index.ravel() for index in np.meshgrid(risen, fallen))
+        kept = np.flatnonzero(first != second)
+        if len(kept) > _EXCHANGES:
+            kept = self.rng.choice(kept, _EXCHANGES, replace=False)
+        changed = np.repeat(genome[None], len(kept), axis=0)
+        for index, to in ((first[kept], up), (second[kept], down)):
+            row = np.flatnonzero(index >= 0)
+            changed[row, index[row]] = to[index[row]]
+        return changed if self.budget is None else changed[self.budget.feasible(changed)]
 
     def _mutants(self, genomes: Genomes, forms: Forms, probability: float) -> tuple[Genomes, Forms]:
         """Some rows take another form; then some genes change, in half of the rows to a random format, else by one step.
