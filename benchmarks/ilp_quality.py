@@ -31,7 +31,7 @@ from eqnet.run import Run, open_data
 from eqnet.scoring.evaluation import Evaluator, uniform_configs
 from eqnet.scoring.scores import SCORES
 from eqnet.scoring.sensitivity import Sensitivity
-from eqnet.scoring.table import AccuracyTable, build_table
+from eqnet.scoring.table import AccuracyTable, build_table, like_table
 from eqnet.search import exact_search, genetic_search
 from eqnet.search.exact import SCORE_BATCH, score_batches, score_formats
 from eqnet.space import BoundBudget, Budget, Form, QuantSpace
@@ -151,7 +151,9 @@ def main() -> None:
     supernet, _ = run.load_supernet()
     data = open_data(run)
     supernet.to(accelerator.device).to(memory_format=torch.channels_last)
-    evaluator = Evaluator.from_data(supernet, data, run.settings, accelerator.device)
+    integer = like_table(run.path / "table", run.settings.search.integer)
+    settings = run.settings.model_copy(update={"search": run.settings.search.model_copy(update={"integer": integer})})
+    evaluator = Evaluator.from_data(supernet, data, settings, accelerator.device)
     evaluator.compile_for(arguments.configs)
     table = build_table(evaluator, run.path / "table", arguments.configs, run.settings.seed, accelerator)
     batches = score_batches(data, run.settings, accelerator.device)

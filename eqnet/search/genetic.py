@@ -42,7 +42,7 @@ class SearchResult:
     """What a genetic search found.
 
     Attributes:
-        genomes: distinct winners, best first, int16 [N, G].
+        genomes: distinct winners, best first, int16 [N, G]: the best of all generations, and where the best one climbed to.
         scores: their scores, float64 [N].
         history: of each generation: its number (0 is the first population), the best score so far and the mean score of its
             configs.
@@ -129,7 +129,7 @@ def genetic_search(
         children = _individuals(_Score, genomes, genome_forms, new, [scores])
         hall.update(children)
         if generation == generations:
-            _climb(hall, variation, scored)
+            hall.update(_climbed(hall, variation, scored))
         survivors = tools.selBest([*survivors, *children], elites)
         history.append((generation, hall[0].fitness.values[0], float(scores.mean())))
         if progress is not None:
@@ -145,18 +145,23 @@ def genetic_search(
     return SearchResult(_arrays(hall)[0], winners, history, len(scored.known))
 
 
-def _climb(hall: tools.HallOfFame, variation: Variation, scored: _Scored) -> None:
-    """Takes the best config to each form, then by the best exchange of bits between two genes, while one is better."""
-    for genome, form in zip(*variation.in_every_form(hall[0].genome), strict=True):
-        best, around = -np.inf, np.array([genome])
-        while len(around):
-            scores, new = scored(around)
-            new = new[scores[new] > hall[-1].fitness.values[0]] if len(hall) == hall.maxsize else new
-            hall.update(_individuals(_Score, around, np.full(len(around), form), new, [scores]))
+def _climbed(winners: Sequence[_Individual], variation: Variation, scored: _Scored) -> list[_Individual]:
+    """The best of some winners, taken to each form, then by the best exchange of bits between two genes, while one is better.
+
+    Only where each form ends, if that is not among the winners: what lies around one end is much the same to measure.
+    """
+    known, ends = {winner.genome.tobytes() for winner in winners}, []
+    for end, form in zip(*variation.in_every_form(winners[0].genome), strict=True):
+        best = scored(end[None].copy())[0].max()
+        while len(around := variation.exchanges(end)):
+            scores = scored(around)[0]
             if scores.max() <= best:
                 break
-            best = scores.max()
-            around = variation.exchanges(around[scores.argmax()])
+            end, best = around[scores.argmax()], scores.max()
+        if end.tobytes() not in known:
+            known.add(end.tobytes())
+            ends += _individuals(_Score, end[None], np.array([form]), np.zeros(1, np.intp), [np.array([best])])
+    return ends
 
 
 def pareto_search(
