@@ -415,3 +415,10 @@ def test_configs_share_packed_weights(cnn: nn.Sequential, images: Callable[..., 
     supernet.set_config(QuantConfig(changed))
     executor.freeze()
     assert executor.cache.num_bytes - before == supernet.layers[name].latent_weight.numel()
+
+
+def test_looking_for_kernels_leaves_random_numbers_alone():
+    """A run whose settings ask for it would otherwise start from other weights."""
+    before = torch.get_rng_state()
+    assert kernels_available.__wrapped__() == kernels_available()
+    assert torch.equal(torch.get_rng_state(), before)

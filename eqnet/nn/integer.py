@@ -250,7 +250,7 @@ def kernels_available() -> bool:
 
     Without VNNI instructions pairs of products saturate at 16 bits; on some platforms the operators are missing.
     """
-    layer = nn.Conv2d(64, 16, 3, padding=1)
+    layer = nn.Conv2d(64, 16, 3, padding=1, device="meta")  # whose weights nobody draws
     codes, grid = torch.full((1, 64, 5, 5), 255, dtype=torch.uint8), InputGrid(1.0, 3, -3, 252)
     r, one, zero = (
         torch.full((16, 64, 3, 3), -128, dtype=torch.int8),
