@@ -58,7 +58,7 @@ def test_the_pages_show_the_committed_measurements(name):
     assert fill(page, ROOT / "docs" / "data" / "performance") == page
 
 
-@pytest.mark.parametrize("page", ["proxies", "results"])
+@pytest.mark.parametrize("page", ["proxies", "results", "tuning"])
 def test_pages_show_the_committed_results(page):
     text = (ROOT / "docs" / f"{page}.md").read_text()
     assert fill(text, ROOT / "docs" / "data" / "results") == text

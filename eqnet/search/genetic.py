@@ -7,8 +7,9 @@ Variation works on whole arrays of genomes. Every config has one form.
 Departs from the official code: children are repaired, not drawn again until one fits, and in every other generation they then
 spend what is left of the budget; half of the mutants move by single steps of bits; the form is searched too; elites are distinct; configs
 of uniform bits are seeds; in the end the best one climbs by exchanging bits between two genes, in each form; all randomness comes
-from `seed` (DEAP's variation operators and its tournament use Python's global generator, so they are not used). With an additive score on 54 layers the result is then within 5 % of a bound on the gain
-over uniform bits after 100 generations (tested); without filling, steps and mixed rates it was 30 % away.
+from `seed` (DEAP's variation operators and its tournament use Python's global generator, so they are not used). With an additive
+score on 54 layers the result is then within 5 % of a bound on the gain over uniform bits after 100 generations (tested); without
+filling, steps and mixed rates it was 30 % away.
 
 DEAP's individuals are handles on rows of arrays, and only configs that selection could keep become one.
 
