@@ -142,6 +142,20 @@ def test_gradients_are_those_of_the_sum_of_all_parts() -> None:
     assert torch.isclose(parts["total"], sum(v for k, v in parts.items() if k.startswith("task/largest")) + 0.015 * parts["kurtosis"] + parts["skewness"] + 0.5 * sum(v for k, v in parts.items() if k.endswith(("random_1", "smallest"))))  # fmt: skip
 
 
+def test_a_step_on_rows_is_the_step_on_their_configs() -> None:
+    supernet = make_supernet()
+    configs = SandwichSampler(supernet.space).sample(np.random.default_rng(3))
+    expected, expected_parts = gradients(supernet)
+    supernet.zero_grad()
+    images, labels = make_batch()
+    rows = [torch.tensor(supernet.rows(config)) for config in configs]
+    parts = supernet_step(
+        Accelerator(cpu=True), supernet, supernet, images, labels, rows, nn.CrossEntropyLoss(), TrainSettings()
+    )
+    assert all(torch.equal(parts[name], value) for name, value in expected_parts.items())
+    assert all(torch.equal(p.grad, expected[n]) for n, p in supernet.named_parameters() if p.grad is not None)
+
+
 def test_every_parameter_takes_part_in_every_backward() -> None:
     supernet = make_supernet(norm=True)
     found, _ = gradients(supernet)
