@@ -41,8 +41,8 @@ class Net(NamedTuple):
     scanned_layer: str  # the layer that the scan is timed on
 
 
-NETS = {
-    "resnet18, 224 px, 64 images": Net("resnet18", 224, 1000, 64, 32, "layer3.1.conv1"),
+NETS = {  # with as many images as `train.calibration_images` asks for, and the official code takes
+    "resnet18, 224 px, 256 images": Net("resnet18", 224, 1000, 256, 32, "layer3.1.conv1"),
     "cifar_resnet20, 32 px, 256 images": Net("cifar_resnet20", 32, 10, 256, 128, "layer2.1.conv1"),
 }
 SHORT = {"cifar_resnet20, 16 px, 16 images": Net("cifar_resnet20", 16, 10, 16, 8, "layer2.1.conv1")}

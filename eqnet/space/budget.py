@@ -232,14 +232,13 @@ class BoundBudget:
         a row that its form keeps out of the limits even at the fewest bits moves to the cheapest form.
         """
         cells = self._steps.cells_of(genomes)
-        self._steps.lower(cells, rng)
+        stuck = self._steps.lower(cells, rng)
         out = self._steps.genomes_of(cells)
-        stuck = ~self.feasible(out)
-        if stuck.any():
+        if stuck.size:
             moved = self._steps.cells_of(self._in_cheapest_form(genomes[stuck]))
-            self._steps.lower(moved, rng)
+            hopeless = stuck[self._steps.lower(moved, rng)]
             out[stuck] = self._steps.genomes_of(moved)
-            out[~self.feasible(out)] = self._anchor
+            out[hopeless] = self._anchor
         if (self.lowers == -np.inf).all():
             return out
         cells = self._steps.cells_of(out)

@@ -87,16 +87,23 @@ class Steps:
         index += self._slot
         return self._formats.take(index)
 
-    def lower(self, cells: Indices, rng: np.random.Generator) -> None:
-        """Takes random steps down that lower an exceeded cost, until all limits hold or no such step is left."""
-        rows = np.arange(len(cells))
+    def lower(self, cells: Indices, rng: np.random.Generator) -> Indices:
+        """Takes random steps down that lower an exceeded cost, until all limits hold or no such step is left.
+
+        Returns:
+            The rows that still exceed a limit.
+        """
+        rows, stuck = np.arange(len(cells)), []
         while rows.size:
-            stepped: NDArray[np.bool_] = np.zeros(len(rows), bool)
+            exceeds, stepped = np.zeros((2, len(rows)), bool)
             for c, limit in enumerate(self._limits):
                 over = (self._tables[c].take(cells[rows]).sum(1) > limit).nonzero()[0]
                 if over.size:
+                    exceeds[over] = True
                     stepped[over] |= self._round_down(cells, rows[over], c, rng)
+            stuck.append(rows[exceeds & ~stepped])
             rows = rows[stepped]
+        return np.concatenate(stuck) if stuck else rows
 
     def lift(self, cells: Indices, lowers: Floats, rng: np.random.Generator) -> None:
         """Takes random steps up that fit all limits, until each cost exceeds its lower [C] or no such step is left."""
