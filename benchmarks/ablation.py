@@ -25,6 +25,7 @@ VARIANTS = {
     "skewness alone": ["train.kurtosis=0"],
     "hard labels alone": ["train.guidance=0"],  # no GPG-Loss
     "guidance alone": ["train.guidance=1"],
+    "guided by the largest": ["train.guided_by=largest"],
     "guided by the float model": ["train.teacher=float"],
     "two random subnets": ["train.num_random=2"],
     "one form per net": ["train.form_per=net"],

@@ -114,6 +114,7 @@ class TrainSettings(_Section):
     num_random: int = Field(1, ge=0)  # random subnets between largest and smallest
     form_per: Literal["layer", "net"] = "layer"
     guidance: float = Field(0.5, ge=0, le=1)  # lambda of GPG-Loss (official code)
+    guided_by: Literal["previous", "largest"] = "previous"  # subnet of the same step
     temperature: float = Field(1.0, gt=0)
     teacher: Literal["none", "float"] = "none"  # "float": the largest subnet is guided by the float model
     kurtosis: float = Field(0.015, ge=0)  # weights of WDR-Loss in the official code; the paper implies 1 and 1

@@ -74,13 +74,15 @@ class Recorder(nn.Module):
         return logits
 
 
-def test_three_forwards_in_order_each_taught_by_the_one_before() -> None:
+@pytest.mark.parametrize("guided_by", ["previous", "largest"])
+def test_three_forwards_in_order_taught_by_the_one_before_or_the_largest(guided_by: str) -> None:
     supernet = make_supernet().train()
     images, labels = make_batch()
     configs = SandwichSampler(supernet.space).sample(np.random.default_rng(0))
     recorder = Recorder(supernet)
+    settings = TrainSettings(guided_by=guided_by)  # type: ignore[arg-type]
     parts = supernet_step(
-        Accelerator(cpu=True), recorder, supernet, images, labels, configs, nn.CrossEntropyLoss(), TrainSettings()
+        Accelerator(cpu=True), recorder, supernet, images, labels, configs, nn.CrossEntropyLoss(), settings
     )
     assert [c for c, _ in recorder.seen] == configs
     (_, high), (_, middle), (_, low) = recorder.seen
@@ -89,7 +91,8 @@ def test_three_forwards_in_order_each_taught_by_the_one_before() -> None:
         return F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="batchmean")
 
     assert torch.allclose(parts["guidance/random_1"], kl(middle, high), atol=1e-6)
-    assert torch.allclose(parts["guidance/smallest"], kl(low, middle), atol=1e-6)
+    teacher_of_low = middle if guided_by == "previous" else high
+    assert torch.allclose(parts["guidance/smallest"], kl(low, teacher_of_low), atol=1e-6)
     assert "guidance/largest" not in parts
     assert torch.allclose(parts["task/smallest"], F.cross_entropy(low, labels), atol=1e-6)
 

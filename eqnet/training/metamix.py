@@ -131,7 +131,7 @@ def bit_meta_step(
         criterion,
         settings,
         teacher,
-        progressive=False,
+        guided=False,
         scale=1 / len(configs),
     )
 

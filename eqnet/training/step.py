@@ -5,7 +5,7 @@ regulariser are summed and applied in one optimizer step:
 
     L = L_largest + sum_i L_random_i + L_smallest + a * kurtosis + b * skewness
 
-    L_largest = task,   L_next = lambda * T^2 * KL(next || previous) + (1 - lambda) * task
+    L_largest = task,   L_next = lambda * T^2 * KL(next || previous) + (1 - lambda) * task    (or KL(next || largest))
 
 Departs from the official code: the largest subnet keeps the first and last layer at their fixed bits; configs come from
 `default_rng((seed, step))`, so all processes agree without communication; an optional float teacher guides the largest.
@@ -94,14 +94,14 @@ def accumulate_gradients(
     settings: TrainSettings,
     teacher: nn.Module | None = None,
     *,
-    progressive: bool = True,
+    guided: bool = True,
     scale: float = 1.0,
 ) -> dict[str, Tensor]:
     """Accumulates the gradients of the losses of some subnets, one after the other on each micro-batch.
 
     Args:
         configs: subnets by name, or their rows as above.
-        progressive: each subnet teaches the next; otherwise the teacher, if any, guides all of them.
+        guided: subnets are guided by larger ones as the settings say; otherwise the teacher, if any, guides all of them.
         scale: factor on the sum of the losses.
 
     The others, and what is returned, are as in `supernet_step`; `total` is scaled.
@@ -131,7 +131,7 @@ def accumulate_gradients(
                 losses = subnet_loss(logits, y, guide, criterion, settings)
                 loss = losses.pop("total")
                 accelerator.backward(loss * (share * scale))
-            if progressive:
+            if guided and (number == 1 or settings.guided_by == "previous"):
                 guide = logits.detach()
             for part, value in losses.items():
                 note(f"{part}/{name}", value, share)
