@@ -104,6 +104,7 @@ def run_command(command: Callable[[], None]) -> None:
     keep_freed_memory()
     try:
         command()
+        _leave_launch()
     except ValueError as error:
         if is_main_process():
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -123,3 +124,10 @@ def run_command(command: Callable[[], None]) -> None:
         if is_main_process():
             print(f"interrupted: {stop or 'what was finished is kept'}.", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _leave_launch() -> None:
+    """Ends the communication of this process: threads of gloo that still run when Python ends abort it now and then."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

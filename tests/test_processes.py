@@ -58,6 +58,7 @@ again = build_table(evaluator, folder / f"table-{world}", 24, 0, accelerator)
 assert (again.accuracy == table.accuracy).all()
 result = {"accuracy": found.tolist(), "taken": taken, "table": table.accuracy.tolist()}
 (folder / f"found-{world}-{rank}.json").write_text(json.dumps(result))
+accelerator.end_training()
 """
 
 
