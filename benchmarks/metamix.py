@@ -213,7 +213,7 @@ class Selecting:
         """The epochs of the selection on some branches; a search that does not fix the weights, or none."""
         s, t, net = self.settings, self.settings.train, self.supernet.train()
         groups = parameter_groups(
-            net, net.step_sizes(), net.offsets(), lr=t.lr, step_size_lr=t.step_size_lr, weight_decay=t.weight_decay
+            net, net.step_sizes(), lr=t.lr, step_size_lr=t.step_size_lr, weight_decay=t.weight_decay
         )
         optimizer, logits = SupernetAdamW(groups), logit_optimizer(self.selection, s.metamix.logit_lr)
         criterion = nn.CrossEntropyLoss()

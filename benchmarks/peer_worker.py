@@ -97,9 +97,7 @@ def quantize_eqnet(images: Tensor, memory_format: str) -> list[Quantized]:
         supernet.set_config(supernet.space.restrict_form(Form.parse("channel-sym-sym")).largest())
         kinds = [name.rsplit(".", 1)[1] for name, _ in supernet.quantizers()]
         learned = sum(q.qparams()[0].numel() for _, q in supernet.quantizers() if q.scale.requires_grad)
-        groups = parameter_groups(
-            supernet, supernet.step_sizes(), supernet.offsets(), lr=LR, step_size_lr=LR, weight_decay=0.01
-        )
+        groups = parameter_groups(supernet, supernet.step_sizes(), lr=LR, step_size_lr=LR, weight_decay=0.01)
         optimizer = SupernetAdamW(groups, lr=LR)
         result.append(Quantized(f"QAT {name}", supernet, kinds.count("weight"), kinds.count("act"), learned, optimizer))
     return result

@@ -111,9 +111,7 @@ def supernet_steps(
     supernet.train()
     AcceleratorState._reset_state(reset_partial_state=True)  # one process measures several precisions
     accelerator = Accelerator(cpu=images.device.type == "cpu", mixed_precision="bf16" if precision == "bf16" else "no")
-    groups = parameter_groups(
-        supernet, supernet.step_sizes(), supernet.offsets(), lr=1e-4, step_size_lr=1e-4, weight_decay=0.0
-    )
+    groups = parameter_groups(supernet, supernet.step_sizes(), lr=1e-4, step_size_lr=1e-4, weight_decay=0.0)
     prepared, optimizer = accelerator.prepare(supernet, SupernetAdamW(groups))
     if mode == "network":
         prepared = torch.compile(prepared, dynamic=False)

@@ -105,7 +105,7 @@ class TrainSettings(_Section):
 
     epochs: int = Field(40, ge=0)
     lr: float = Field(1e-3, gt=0)
-    step_size_lr: float = Field(1e-3, gt=0)  # step sizes and offsets have a group of their own, without weight decay
+    step_size_lr: float = Field(1e-3, gt=0)  # step sizes have a group of their own, without weight decay
     weight_decay: float = Field(0.0, ge=0)
     warmup_epochs: float = Field(0.0, ge=0)
     clip_value: float | None = Field(1.0, gt=0)

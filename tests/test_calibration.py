@@ -27,14 +27,14 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def choose(x: Tensor, bits: int, symmetric: bool, signed: bool = True) -> tuple[Tensor, Tensor]:
-    """(scale, offset), [C] each."""
-    scale, offset = choose_qparams(x, torch.tensor([bits]), torch.tensor([symmetric]), signed)
-    return scale[0], offset[0]
+    """(scale, zero point), [C] each."""
+    scale, zero = choose_qparams(x, torch.tensor([bits]), torch.tensor([symmetric]), signed)
+    return scale[0], zero[0]
 
 
-def loss(x: Tensor, scale: Tensor, offset: Tensor, bits: int, signed: bool = True) -> Tensor:
+def loss(x: Tensor, scale: Tensor, zero: Tensor, bits: int, signed: bool = True) -> Tensor:
     """Mean |x - x_hat|^2.4 of each channel, [C], float64."""
-    out = fake_quantize(x, scale.view(-1, 1), offset.view(-1, 1), *bounds(bits, signed))
+    out = fake_quantize(x, scale.view(-1, 1), zero.view(-1, 1), *bounds(bits, signed))
     return (out.double() - x.double()).abs().pow(CALIBRATION_NORM).mean(1)
 
 
@@ -82,13 +82,13 @@ def test_is_the_best_of_80_shrunken_ranges_and_never_worse_than_min_max(name, bi
     for signed in (True, False):
         if not signed and name in ("gaussian", "skewed", "laplace", "negative", "outlier"):
             x = x.abs()
-        scale, offset = choose(x, bits, symmetric, signed)
-        ours = loss(x, scale, offset, bits, signed)
+        scale, zero = choose(x, bits, symmetric, signed)
+        ours = loss(x, scale, zero, bits, signed)
         for c in range(3):
             losses = brute_force(x[c].double().numpy(), bits, symmetric, signed)
             assert ours[c].item() == pytest.approx(min(losses), rel=1e-3)
             assert ours[c].item() <= losses[0] * 1.001
-    assert not symmetric or offset.eq(0).all()
+    assert not symmetric or zero.eq(0).all()
 
 
 @pytest.mark.parametrize(("bits", "step"), [(2, 0.057), (3, 0.032), (4, 0.018)])
@@ -101,14 +101,14 @@ def test_step_sizes_of_gaussian_weights_are_the_reference_ones(bits, step):
     assert per_channel.mean().item() == pytest.approx(step, rel=0.1)
 
 
-def test_negative_weights_keep_their_offset():
-    """Uniform in [-1, 0]: the released code took the absolute value of the offset and was off by 1."""
+def test_negative_weights_have_a_positive_zero_point():
+    """Uniform in [-1, 0]: the released code took the absolute value of the real offset and was off by 1."""
     x = -torch.rand(1, 4000, generator=torch.Generator().manual_seed(0))
     x[0, 0], x[0, 1] = -1.0, 0.0
-    scale, offset = choose(x, 8, symmetric=False)
+    scale, zero = choose(x, 8, symmetric=False)
     assert scale.item() == pytest.approx(1 / 255, rel=0.02)
-    assert offset.item() == pytest.approx(-0.498, abs=0.005)
-    out = fake_quantize(x, scale, offset, *bounds(8, True))
+    assert zero.item() == 127
+    out = fake_quantize(x, scale, zero, *bounds(8, True))
     assert (out - x).abs().max() <= 0.5001 * scale
 
 
@@ -116,10 +116,10 @@ def test_negative_weights_keep_their_offset():
 @settings(max_examples=20)
 def test_scales_with_the_data(factor, bits, symmetric):
     x = normal(1, 500)
-    scale, offset = choose(x, bits, symmetric)
-    scaled, scaled_offset = choose(x * factor, bits, symmetric)
-    ratio = loss(x * factor, scaled, scaled_offset, bits) / factor**CALIBRATION_NORM
-    torch.testing.assert_close(ratio, loss(x, scale, offset, bits), rtol=2e-3, atol=0)
+    scale, zero = choose(x, bits, symmetric)
+    scaled, scaled_zero = choose(x * factor, bits, symmetric)
+    ratio = loss(x * factor, scaled, scaled_zero, bits) / factor**CALIBRATION_NORM
+    torch.testing.assert_close(ratio, loss(x, scale, zero, bits), rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -127,23 +127,23 @@ def test_scales_with_the_data(factor, bits, symmetric):
 def test_all_zero_channels_are_finite_and_exact(symmetric, signed):
     x = torch.stack([torch.zeros(100), normal(100).abs()])
     for bits in BITS:
-        scale, offset = choose(x, bits, symmetric, signed)
+        scale, zero = choose(x, bits, symmetric, signed)
         assert scale.isfinite().all()
-        assert offset.isfinite().all()
+        assert zero.isfinite().all()
         assert (scale > 0).all()
-        assert loss(x, scale, offset, bits, signed)[0] == 0
+        assert loss(x, scale, zero, bits, signed)[0] == 0
 
 
 def test_formats_of_one_call_do_not_influence_each_other():
     x = normal(5, 300)
     bits = torch.tensor([2, 2, 5, 8])
     symmetric = torch.tensor([True, False, False, True])
-    scale, offset = choose_qparams(x, bits, symmetric, True)
-    assert scale.shape == offset.shape == (4, 5)
+    scale, zero = choose_qparams(x, bits, symmetric, True)
+    assert scale.shape == zero.shape == (4, 5)
     for r in range(4):
         for c in range(5):
             alone = choose(x[c : c + 1], int(bits[r]), bool(symmetric[r]))
-            torch.testing.assert_close((scale[r, c : c + 1], offset[r, c : c + 1]), alone, rtol=1e-6, atol=0)
+            torch.testing.assert_close((scale[r, c : c + 1], zero[r, c : c + 1]), alone, rtol=1e-6, atol=0)
 
 
 def test_asymmetric_is_the_better_fit_of_skewed_data():
@@ -188,9 +188,9 @@ def all_errors(x: Tensor, bits: int, symmetric: bool, signed: bool) -> Tensor:
     return torch.stack(out)
 
 
-def excess(x: Tensor, scale: Tensor, offset: Tensor, bits: int, symmetric: bool, signed: bool) -> Tensor:
+def excess(x: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool, signed: bool) -> Tensor:
     """Error of a choice above that of the best of 80 candidates, relative, [C]."""
-    return loss(x, scale, offset, bits, signed) / all_errors(x, bits, symmetric, signed).amin(0) - 1
+    return loss(x, scale, zero, bits, signed) / all_errors(x, bits, symmetric, signed).amin(0) - 1
 
 
 @pytest.mark.parametrize("numel", [40, 600, 3000, 20000])
@@ -200,8 +200,8 @@ def test_every_format_of_every_channel_is_as_good_as_the_scan(name, numel):
     x = DISTRIBUTIONS[name](12 if numel < 20000 else 2, numel)
     signed = name != "rectified"
     bits, symmetric = zip(*FORMATS, strict=True)
-    scale, offset = choose_qparams(x, torch.tensor(bits), torch.tensor(symmetric), signed)
-    found = torch.stack([excess(x, scale[r], offset[r], *FORMATS[r], signed) for r in range(len(FORMATS))])
+    scale, zero = choose_qparams(x, torch.tensor(bits), torch.tensor(symmetric), signed)
+    found = torch.stack([excess(x, scale[r], zero[r], *FORMATS[r], signed) for r in range(len(FORMATS))])
     assert found.amax() < 5e-3
     assert found.mean() < 1e-4
 
@@ -215,8 +215,8 @@ def test_a_histogram_is_as_good_as_the_values(name, numel):
     for part in x[0].split(7000):
         histogram.add(part)
     bits, symmetric = zip(*FORMATS, strict=True)
-    scale, offset = choose_qparams(histogram, torch.tensor(bits), torch.tensor(symmetric), signed)
-    found = torch.stack([excess(x, scale[r], offset[r], *FORMATS[r], signed) for r in range(len(FORMATS))])
+    scale, zero = choose_qparams(histogram, torch.tensor(bits), torch.tensor(symmetric), signed)
+    found = torch.stack([excess(x, scale[r], zero[r], *FORMATS[r], signed) for r in range(len(FORMATS))])
     assert found.amax() < 5e-3
     assert found.mean() < 5e-4
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import eqnet.nn.models  # noqa: F401  registers the CIFAR ResNets
+from eqnet.nn.functional import code_range
 from eqnet.nn.integer import (
     InputGrid,
     PackedWeight,
@@ -73,16 +74,17 @@ def same(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
     symmetric=st.booleans(),
     signed=st.booleans(),
     scale=st.floats(1e-3, 2.0),
-    offset=st.floats(-3.0, 3.0),
+    zero=st.floats(0, 1),  # where in the code range the zero point is
     seed=st.integers(0, 1000),
 )
 def test_codes_are_those_of_the_simulation(
-    bits: int, symmetric: bool, signed: bool, scale: float, offset: float, seed: int
+    bits: int, symmetric: bool, signed: bool, scale: float, zero: float, seed: int
 ) -> None:
     quantizer = ElasticQuantizer([QuantFormat(bits, symmetric)], signed=signed)
     with torch.no_grad():
         quantizer.scale.fill_(scale)
-        quantizer.offset.fill_(offset)
+        qmin, qmax = code_range(bits, signed)
+        quantizer.zero_point.fill_(0 if symmetric else round(qmin + zero * (qmax - qmin)))
         x = torch.cat([normal(200, seed=seed), torch.arange(-4, 5) * (scale / 2)])  # ties too
         grid = input_grid(quantizer)
         codes = quantize_codes(x, grid)
@@ -94,7 +96,7 @@ def test_zero_is_a_code_that_stands_for_zero() -> None:
     quantizer = ElasticQuantizer([QuantFormat(4, False)], signed=False)
     with torch.no_grad():
         quantizer.scale.fill_(0.1)
-        quantizer.offset.fill_(-0.52)
+        quantizer.zero_point.fill_(5)
     grid = input_grid(quantizer)
     assert grid.zero == 5
     assert int(quantize_codes(torch.zeros(1), grid)) == 5  # what padding is filled with

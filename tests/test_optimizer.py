@@ -19,6 +19,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def step_sizes(*shape: int, seed: int = 0) -> Tensor:
+    """So large that no update reaches a tenth of them."""
+    return 10 + normal(*shape, seed=seed)
+
+
 def table_optimizer(table: nn.Parameter, **kwargs: float) -> SupernetAdamW:
     return SupernetAdamW([{"params": [table], "per_entry": True, "lr": LR}], **kwargs)
 
@@ -29,7 +34,7 @@ def moments(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> tuple[Tensor, 
 
 
 def test_entries_without_gradient_rest_and_keep_their_moments():
-    table = nn.Parameter(normal(6))
+    table = nn.Parameter(step_sizes(6))
     optimizer = table_optimizer(table, weight_decay=0.5)
     for seed in range(3):
         table.grad = normal(6, seed=seed)
@@ -49,7 +54,7 @@ def test_entries_without_gradient_rest_and_keep_their_moments():
 @settings(max_examples=25)
 @given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=30), st.integers(0, 100))
 def test_each_entry_follows_adam_run_only_on_the_steps_that_selected_it(selected, seed):
-    table = nn.Parameter(normal(4, seed=seed))
+    table = nn.Parameter(step_sizes(4, seed=seed))
     singles = [nn.Parameter(table.detach()[i : i + 1].clone()) for i in range(4)]
     adams = [torch.optim.Adam([p], lr=LR) for p in singles]
     optimizer = table_optimizer(table)
@@ -61,26 +66,26 @@ def test_each_entry_follows_adam_run_only_on_the_steps_that_selected_it(selected
             if chosen[i]:
                 singles[i].grad = grad[i : i + 1].clone()
                 adams[i].step()
-    torch.testing.assert_close(table.detach(), torch.cat(singles).detach(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(table.detach(), torch.cat(singles).detach(), rtol=0, atol=1e-5)
 
 
 def test_first_update_of_an_entry_has_full_size_however_late():
     """Bias correction counts the entry's own updates: the first step of Adam is lr * sign(gradient)."""
-    table = nn.Parameter(torch.zeros(2))
+    table = nn.Parameter(torch.ones(2))
     optimizer = table_optimizer(table)
     for _ in range(50):
         table.grad = torch.tensor([1.0, 0.0])
         optimizer.step()
     table.grad = torch.tensor([0.0, -0.3])
     optimizer.step()
-    assert table[1].item() == pytest.approx(LR, rel=1e-4)
+    assert table[1].item() - 1 == pytest.approx(LR, rel=1e-4)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_weights_are_updated_as_by_adamw(weight_decay):
     ours = [nn.Parameter(normal(4, 3)), nn.Parameter(normal(5))]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
-    table = nn.Parameter(normal(3))
+    table = nn.Parameter(step_sizes(3))
     optimizer = SupernetAdamW(
         [{"params": ours, "lr": LR, "weight_decay": weight_decay}, {"params": [table], "per_entry": True, "lr": LR}]
     )
@@ -96,23 +101,23 @@ def test_weights_are_updated_as_by_adamw(weight_decay):
 
 
 def test_a_table_without_gradient_is_left_out():
-    table, other = nn.Parameter(normal(3)), nn.Parameter(normal(3))
+    table, other = nn.Parameter(step_sizes(3)), nn.Parameter(step_sizes(3))
     before = table.detach().clone()
     optimizer = SupernetAdamW([{"params": [table, other], "per_entry": True, "lr": LR}])
     other.grad = torch.ones(3)
     optimizer.step()
     assert torch.equal(table, before)
-    torch.testing.assert_close(other.detach(), normal(3) - LR)
+    torch.testing.assert_close(other.detach(), step_sizes(3) - LR)
 
 
 def test_learning_rate_of_a_table_can_change_between_steps():
-    table = nn.Parameter(torch.zeros(1))
+    table = nn.Parameter(torch.ones(1))
     optimizer = table_optimizer(table)
     for factor in (1.0, 0.5, 0.0):
         optimizer.param_groups[0]["lr"] = LR * factor
         table.grad = torch.ones(1)
         optimizer.step()
-    assert table.item() == pytest.approx(-1.5 * LR, rel=1e-4)
+    assert table.item() == pytest.approx(1 - 1.5 * LR, rel=1e-6)
 
 
 def test_closure_is_evaluated_with_gradients_and_its_loss_returned():
@@ -133,7 +138,7 @@ def test_closure_is_evaluated_with_gradients_and_its_loss_returned():
 
 def test_stored_state_continues_the_same_trajectory():
     def build() -> tuple[list[nn.Parameter], SupernetAdamW]:
-        parameters = [nn.Parameter(normal(3, 2)), nn.Parameter(normal(4))]
+        parameters = [nn.Parameter(normal(3, 2)), nn.Parameter(step_sizes(4))]
         groups = [{"params": parameters[:1], "weight_decay": 0.1}, {"params": parameters[1:], "per_entry": True}]
         return parameters, SupernetAdamW(groups, lr=LR)
 
@@ -159,13 +164,11 @@ def test_stored_state_continues_the_same_trajectory():
 
 def test_groups_hold_every_trained_parameter_once_and_decay_only_matrices(cnn):
     supernet = Supernet.from_model(cnn, (3, 8, 8), bits=[2, 8], symmetric=[True])
-    groups = parameter_groups(
-        supernet, supernet.step_sizes(), supernet.offsets(), lr=0.1, step_size_lr=0.02, weight_decay=0.3
-    )
+    groups = parameter_groups(supernet, supernet.step_sizes(), lr=0.1, step_size_lr=0.02, weight_decay=0.3)
     held = [p for g in groups for p in g["params"]]
     assert len({id(p) for p in held}) == len(held)
     assert {id(p) for p in held} == {id(p) for p in supernet.parameters() if p.requires_grad}
-    tables = {id(p) for p in [*supernet.step_sizes(), *supernet.offsets()]}
+    tables = {id(p) for p in supernet.step_sizes()}
     for group in groups:
         assert group["peak_lr"] == group["lr"]
         is_table = {id(p) in tables for p in group["params"]}
@@ -176,7 +179,7 @@ def test_groups_hold_every_trained_parameter_once_and_decay_only_matrices(cnn):
 
 
 def test_float_models_have_no_table_group(cnn):
-    groups = parameter_groups(cnn, [], [], lr=0.1, step_size_lr=0.02, weight_decay=0.0)
+    groups = parameter_groups(cnn, [], lr=0.1, step_size_lr=0.02, weight_decay=0.0)
     assert not any(g.get("per_entry") for g in groups)
     assert all(g["params"] for g in groups)
 
@@ -207,7 +210,7 @@ def test_step_sizes_stay_positive_and_change_by_a_tenth_at_most():
     start = torch.tensor([1e-4, 2e-3, 0.5])
     for sign in (1.0, -1.0):
         table = nn.Parameter(start.clone())
-        optimizer = SupernetAdamW([{"params": [table], "per_entry": True, "positive": True, "lr": 1e-2}])
+        optimizer = SupernetAdamW([{"params": [table], "per_entry": True, "lr": 1e-2}])
         before = table.detach().clone()
         for _ in range(50):
             table.grad = torch.full_like(table, sign)

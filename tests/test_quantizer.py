@@ -49,15 +49,15 @@ def quantizer(calibrated: ElasticQuantizer) -> ElasticQuantizer:
 
 
 def entries(quantizer: ElasticQuantizer, fmt: QuantFormat) -> tuple[set[int], set[int]]:
-    """Entries of (scale, offset) that the outputs of a format depend on, found by changing them one at a time."""
+    """Entries of (scale, zero point) that the outputs of a format depend on, found by changing them one at a time."""
     quantizer.select(fmt)
     x = normal(6, 4, 3, 3, seed=3) if quantizer.axis is not None else normal(2, 50, seed=3)
     before = quantizer(x).detach()
     found: tuple[set[int], set[int]] = (set(), set())
-    for parameter, owned in zip((quantizer.scale, quantizer.offset), found, strict=True):
+    for parameter, owned in zip((quantizer.scale, quantizer.zero_point), found, strict=True):
         for i in range(parameter.numel()):
             saved = parameter.data[i].clone()
-            parameter.data[i] += 3
+            parameter.data[i] += 300  # all values become zero, or all are out of range
             if not torch.equal(quantizer(x), before):
                 owned.add(i)
             parameter.data[i] = saved
@@ -67,25 +67,22 @@ def entries(quantizer: ElasticQuantizer, fmt: QuantFormat) -> tuple[set[int], se
 def test_rows_are_independent_and_together_are_the_whole_table(quantizer):
     """Four weight slots x 7 bits; per-tensor steps are learned, not derived from per-channel ones (EQ-Net Table 4)."""
     scales: list[int] = []
-    offsets: list[int] = []
     for fmt in WEIGHT_FORMATS:
-        width = 6 if fmt.granularity == "channel" else 1
-        scale, offset = entries(quantizer, fmt)
-        assert len(scale) == width
-        assert len(offset) == (0 if fmt.symmetric else width)
+        scale, zero = entries(quantizer, fmt)
+        assert len(scale) == (6 if fmt.granularity == "channel" else 1)
+        assert scale == zero
         scales += scale
-        offsets += offset
     assert sorted(scales) == list(range(quantizer.scale.numel()))
-    assert sorted(offsets) == list(range(quantizer.offset.numel()))
-    assert (quantizer.scale.numel(), quantizer.offset.numel()) == (7 * 2 * (6 + 1), 7 * (6 + 1))
+    assert quantizer.scale.numel() == quantizer.zero_point.numel() == 7 * 2 * (6 + 1)
 
 
 def test_inputs_have_two_slots_of_seven_bits():
     quantizer = act_quantizer(normal(2, 50))
-    assert (quantizer.scale.numel(), quantizer.offset.numel()) == (14, 7)
+    assert quantizer.scale.numel() == quantizer.zero_point.numel() == 14
     for fmt in ACT_FORMATS:
-        scale, offset = entries(quantizer, fmt)
-        assert (len(scale), len(offset)) == (1, 0 if fmt.symmetric else 1)
+        scale, zero = entries(quantizer, fmt)
+        assert len(scale) == 1
+        assert scale == zero
 
 
 @pytest.mark.parametrize("fmt", WEIGHT_FORMATS, ids=str)
@@ -96,11 +93,12 @@ def test_output_is_that_of_its_row(quantizer, weight, fmt):
     per_group = out.flatten(1) if fmt.granularity == "channel" else out.flatten()[None]
     for group in per_group:
         assert len(group.unique()) <= 2**fmt.bits
-    scale, offset, qmin, qmax = quantizer.qparams()
+    scale, zero, qmin, qmax = quantizer.qparams()
     assert (qmin.item(), qmax.item()) == code_range(fmt.bits, signed=True)
-    assert torch.equal(out, fake_quantize(weight, scale, offset, qmin, qmax))
+    assert torch.equal(out, fake_quantize(weight, scale, zero, qmin, qmax))
+    assert torch.equal(zero, zero.round().clamp(qmin, qmax))
     if fmt.symmetric:
-        assert offset.eq(0).all()
+        assert zero.eq(0).all()
 
 
 def test_selecting_writes_only_the_row(quantizer):
@@ -126,19 +124,16 @@ def test_a_format_without_a_row_is_refused_and_changes_nothing():
 
 @pytest.mark.parametrize("fmt", WEIGHT_FORMATS, ids=str)
 def test_only_the_active_entries_have_a_gradient(quantizer, weight, fmt):
-    scale, offset = entries(quantizer, fmt)
+    scale, _ = entries(quantizer, fmt)
     quantizer(weight * 1.5).square().sum().backward()
     assert set(quantizer.scale.grad.nonzero().flatten().tolist()) == scale
-    # an offset acts through the values outside its range only; 8-bit ranges of a few channels may have none
-    moved = set(quantizer.offset.grad.nonzero().flatten().tolist())
-    assert moved <= offset
-    assert moved or fmt.symmetric or fmt.bits > 4
+    assert quantizer.zero_point.grad is None
 
 
 def expected_scale_gradient(x: Tensor, quantizer: ElasticQuantizer, factor: float) -> Tensor:
-    scale, offset, qmin, qmax = (t.detach() for t in quantizer.qparams())
+    scale, zero, qmin, qmax = quantizer.qparams()
     scale.requires_grad_()
-    fake_quantize(x, scale, offset, qmin, qmax, torch.tensor(factor)).sum().backward()
+    fake_quantize(x, scale, zero, qmin, qmax, torch.tensor(factor)).sum().backward()
     return scale.grad.flatten()
 
 
@@ -196,7 +191,7 @@ def test_weights_are_always_signed():
 def test_a_stored_state_reproduces_the_outputs_without_calibration(positive):
     x = normal(3, 40).abs() if positive else normal(3, 40)
     source = act_quantizer(x)
-    source.offset.data -= 0.3
+    source.scale.data *= 1.3
     target = ElasticQuantizer(ACT_FORMATS)
     assert not target.calibrated
     target.load_state_dict(source.state_dict())
@@ -212,7 +207,7 @@ def test_the_stored_state_does_not_depend_on_the_active_row(quantizer):
     before = {k: v.clone() for k, v in quantizer.state_dict().items()}
     quantizer.select(WEIGHT_FORMATS[-1])
     assert all(torch.equal(v, before[k]) for k, v in quantizer.state_dict().items())
-    assert set(before) == {"scale", "offset", "signed", "calibrated"}
+    assert set(before) == {"scale", "zero_point", "signed", "calibrated"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -224,7 +219,7 @@ def test_inputs_keep_their_dtype_and_the_table_its_own(dtype):
     assert out.dtype == dtype
     out.sum().backward()
     assert x.grad.dtype == dtype
-    assert quantizer.scale.grad.dtype == quantizer.offset.grad.dtype == torch.float32
+    assert quantizer.scale.grad.dtype == torch.float32
 
 
 def test_a_disabled_quantizer_is_the_identity():
@@ -239,12 +234,13 @@ def test_integer_codes_are_the_outputs(fmt, seed):
     x = normal(5, 2, 3, 3, seed=seed)
     quantizer = ElasticQuantizer(WEIGHT_FORMATS, 5, 0, 4, x.numel())
     quantizer.scale.data.uniform_(0.01, 1.0, generator=torch.Generator().manual_seed(seed))
-    quantizer.offset.data.normal_(generator=torch.Generator().manual_seed(seed))
     quantizer.select(fmt)
+    qmin, qmax = code_range(fmt.bits, signed=True)
+    if not fmt.symmetric:
+        quantizer.zero_point.random_(qmin, qmax + 1, generator=torch.Generator().manual_seed(seed))
     codes, scale, zero = quantizer.quantize(x)
     assert codes.dtype == torch.int8
     assert torch.equal((codes.float() - zero.float()) * scale, quantizer(x))
-    qmin, qmax = code_range(fmt.bits, signed=True)
     assert qmin <= codes.min()
     assert codes.max() <= qmax
 

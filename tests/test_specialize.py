@@ -145,11 +145,11 @@ def test_weights_take_the_power_of_less_error(supernet: Supernet) -> None:
         weight, trained = layer.float_weight.detach(), supernet.layers[name].weight_quantizer
         for fmt in special.space.choices(name, "weight"):
             layer.weight_quantizer.select(fmt)
-            chosen, offset, low, high = layer.weight_quantizer.qparams()
+            chosen, zero, low, high = layer.weight_quantizer.qparams()
             grown = chosen > step(trained, fmt).view_as(chosen)
             errors = []
             for scale in (chosen, torch.where(grown, chosen / 2, 2 * chosen)):
-                codes, s, _ = quantize(weight, scale, offset, low, high)
+                codes, s, _ = quantize(weight, scale, zero, low, high)
                 square = (codes * s - weight).square().flatten(1).sum(1)
                 errors.append(square if fmt.granularity == "channel" else square.sum())
             assert bool((errors[0] <= errors[1] * (1 + 1e-5)).all()), (name, fmt)

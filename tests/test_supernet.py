@@ -223,11 +223,12 @@ def test_layers_are_still_instances_of_their_types(supernet):
 
 
 def test_tables_of_resnet18_have_the_entries_of_the_paper():
-    """4 weight slots + 2 input slots x 7 bits: 21 sum(C) + 42 L = 122,682 learnable entries with nothing pinned."""
+    """4 weight slots + 2 input slots x 7 bits: 14 sum(C) + 28 L = 81,788 step sizes with nothing pinned (the paper learns as
+    many offsets as half of them besides: 122,682 entries)."""
     with torch.device("meta"):
         model = timm.create_model("resnet18")
     supernet = Supernet.from_model(model, (3, 224, 224), fixed="none")
-    assert sum(p.numel() for p in [*supernet.step_sizes(), *supernet.offsets()]) == 122_682
+    assert sum(p.numel() for p in supernet.step_sizes()) == 81_788
     for name, quantizer in supernet.quantizers():
         assert len(quantizer.formats) == (28 if name.endswith("weight") else 14)
 
@@ -236,13 +237,10 @@ def test_step_size_parameters_are_all_that_is_added(cnn):
     before = {id(p) for p in cnn.parameters()}
     supernet = Supernet.from_model(cnn, SIZE)
     added = {id(p) for p in supernet.parameters() if p.requires_grad} - before
-    tables = [*supernet.step_sizes(), *supernet.offsets()]
+    tables = supernet.step_sizes()
     assert added == {id(p) for p in tables if p.requires_grad}
     image = next(iter(supernet.layers.values())).act_quantizer
-    assert {id(p) for p in tables if not p.requires_grad} == {
-        id(image.scale),
-        id(image.offset),
-    }  # calibrated, not learned
+    assert [id(p) for p in tables if not p.requires_grad] == [id(image.scale)]  # calibrated, not learned
 
 
 def test_what_stays_in_float_is_listed():
@@ -345,8 +343,6 @@ def test_only_the_tables_rows_of_the_config_are_trained(supernet, images):
         row = quantizer.rows[quantizer.format]
         assert set(quantizer.scale.grad.nonzero().flatten().tolist()) <= set(quantizer.index[row].tolist()), name
         assert quantizer.scale.grad.any(), name
-        if quantizer.format.symmetric:
-            assert not quantizer.offset.grad.any(), name
 
 
 def bad_configs(space: QuantSpace) -> dict[str, QuantConfig]:
@@ -648,8 +644,8 @@ def test_models_without_bn_are_left_alone(images):
 @pytest.mark.parametrize("seed", range(8))
 def test_an_extracted_subnet_equals_the_supernet_exactly(supernet, images, seed):
     generator = torch.Generator().manual_seed(seed)
-    for _, q in supernet.quantizers():  # offsets between grid points, as after training
-        q.offset.data.add_(0.1 * torch.randn(q.offset.shape, generator=generator))
+    for _, q in supernet.quantizers():  # step sizes as after training
+        q.scale.data.mul_(1 + 0.1 * torch.randn(q.scale.shape, generator=generator))
     config = supernet.space.sample(rng(seed))
     supernet.set_config(config)
     recalibrate_bn(supernet, [images(8)])

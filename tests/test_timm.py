@@ -56,7 +56,7 @@ def build(name: str, full: bool) -> tuple[nn.Module, tuple[int, int, int]]:
 
 
 def fill_tables(supernet: Supernet, x: Tensor) -> None:
-    """Tables as a trained checkpoint may have them: weights by their spread, offsets off the grid, inputs calibrated."""
+    """Tables as a trained checkpoint may have them: weights by their spread, zero points near the middle, inputs calibrated."""
     generator = torch.Generator().manual_seed(0)
     for layer in supernet.layers.values():
         quantizer, spread = layer.weight_quantizer, float(layer.float_weight.detach().std())
@@ -65,8 +65,8 @@ def fill_tables(supernet: Supernet, x: Tensor) -> None:
             entries = quantizer.index[row].unique()
             quantizer.scale.data[entries] = step * (0.8 + 0.4 * torch.rand(len(entries), generator=generator))
             if not fmt.symmetric:
-                entries = quantizer.offset_index[row].unique()
-                quantizer.offset.data[entries] = step * torch.rand(len(entries), generator=generator)
+                zeros = torch.randint(-1, 1, (len(entries),), generator=generator)
+                quantizer.zero_point.data[entries] = zeros.float()
 
     def calibrate(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         if layer.act_quantizer is not None:

@@ -75,9 +75,8 @@ def _grid(histogram: Histogram, rule: ActRule) -> Grid:
     kind = act_kind(rule, _BITS)
     symmetric = rule.zero_point == "zero"
     signed = float(histogram.low) < 0 or kind == "int8" if symmetric else False
-    scale, offset = choose_qparams(histogram, torch.tensor([_BITS]), torch.tensor([symmetric]), signed)
-    step = float(scale)
-    zero = round(-float(offset) / step)
+    scale, zero_point = choose_qparams(histogram, torch.tensor([_BITS]), torch.tensor([symmetric]), signed)
+    step, zero = float(scale), int(zero_point)
     if rule.power_of_two:
         step = 2.0 ** math.ceil(math.log2(step))
         zero = 0

@@ -1,4 +1,4 @@
-"""Initial step sizes and offsets: for every format, the best of 80 shrunken ranges under mean |x - x_hat|^2.4.
+"""Initial step sizes, and zero points: for every format, the best of 80 shrunken ranges under mean |x - x_hat|^2.4.
 
 EQ-Net (arXiv 2308.07650) section 3.2; zero points are integers as in `functional`.
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from eqnet.nn.functional import code_range
-from eqnet.nn.kernels import SCALE_EPS, zero_point
+from eqnet.nn.kernels import SCALE_EPS
 
 CALIBRATION_NORM = 2.4  # exponent of the error that initialisation minimises
 CALIBRATION_CANDIDATES = 80  # ranges (1 - 0.01 i) * range, i = 0..79
@@ -264,7 +264,7 @@ def _search(
     peak = torch.maximum(-low, high) * (2 if signed else 1)
     shrink = 1 - 0.01 * torch.arange(CALIBRATION_CANDIDATES, device=low.device)
     channels = torch.arange(len(low), device=low.device)
-    scale, offset = low.new_empty(2, len(bits), len(low))
+    scale, zero_point = low.new_empty(2, len(bits), len(low))
     for b in sorted(set(bits.tolist())):
         rows = (bits == b).nonzero()[:, 0]
         sym = symmetric[rows].to(low.device)[:, None, None]
@@ -272,28 +272,27 @@ def _search(
         span = torch.where(sym, peak, high - low)  # [R, C, 1]
         floor = torch.where(span > 0, SCALE_EPS, 1e-4)  # an all-zero channel gets a step that lets it move
         s = (span / (qmax - qmin) * shrink).maximum(floor)  # [R, C, K]
-        # beta is the real value of code 0: min + s * 2^(b-1) for signed codes, min for unsigned ones
-        beta = torch.where(sym, 0.0, low * shrink - s * qmin)
-        z = zero_point(s, beta, low.new_tensor(qmin), low.new_tensor(qmax))
+        # qmin stands for the minimum, as nearly as a whole number of steps from zero allows
+        z = torch.where(sym, 0.0, (s * qmin - low * shrink) / s).round_().clamp_(qmin, qmax)
         s, z = s.flatten(0, 1), z.flatten(0, 1)  # [P, K]
         best = _best_candidates(points, b, channels.repeat(len(rows)), s, qmin - z, qmax - z)[:, None]
         chosen = s.gather(1, best).view(len(rows), -1)
-        scale[rows], offset[rows] = chosen, -z.gather(1, best).view_as(chosen) * chosen
-    return scale, offset
+        scale[rows], zero_point[rows] = chosen, z.gather(1, best).view_as(chosen)
+    return scale, zero_point
 
 
 @torch.no_grad()
 def choose_qparams(x: Tensor | Histogram, bits: Tensor, symmetric: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Step size and offset of every format, each the best of 80 shrunken ranges under mean |x - x_hat|^2.4.
+    """Step size and zero point of every format, each the best of 80 shrunken ranges under mean |x - x_hat|^2.4.
 
     Args:
         x: values per channel, float [C, M] (C = 1 for per-tensor formats), or a histogram of one channel.
         bits: bit-widths of the R formats, int64 [R].
-        symmetric: bool [R]; symmetric formats have offset 0.
+        symmetric: bool [R]; symmetric formats have zero point 0.
         signed: False uses codes 0 .. 2^b - 1 (inputs without negative values).
 
     Returns:
-        (scale, offset), float [R, C] each, on the CPU for a histogram. The error is at most 0.5 % above the best of the 80 ranges, and so of the
+        (scale, zero point), float [R, C] each, on the CPU for a histogram. The error is at most 0.5 % above the best of the 80 ranges, and so of the
         unshrunken one. All-zero channels get a tiny positive step.
 
     Raises:
@@ -312,8 +311,8 @@ def choose_qparams(x: Tensor | Histogram, bits: Tensor, symmetric: Tensor, signe
     x = x.detach().float()
     blocks = (_Channels(block) for block in x.split(max(1, _CHANNEL_BLOCK // x.shape[1])))
     found = [_search(b.low, b.high, b.points, bits, symmetric, signed) for b in blocks]
-    scale, offset = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
-    return scale, offset
+    scale, zero_point = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    return scale, zero_point
 
 
 def in_threads(function: Callable[[T], object], items: Sequence[T]) -> None:

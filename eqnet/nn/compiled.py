@@ -89,17 +89,17 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Sequence[Tensor]]:
 def compiled_kernels() -> Kernels:
     """The kernels through inductor: one generated loop each (C++ on CPU, Triton on CUDA), for all formats and shapes."""
 
-    def flat_forward(x: Tensor, scale: Tensor, offset: Tensor, dtype: torch.dtype, *formats: Tensor) -> Any:
-        out, grid = forward_pass(x, scale, offset, Formats(*formats), dtype)
+    def flat_forward(x: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype, *formats: Tensor) -> Any:
+        out, grid = forward_pass(x, scale, zero_point, Formats(*formats), dtype)
         return out, *grid
 
-    def flat_codes(x: Tensor, scale: Tensor, offset: Tensor, *formats: Tensor) -> Any:
-        out, grid = code_pass(x, scale, offset, Formats(*formats))
+    def flat_codes(x: Tensor, scale: Tensor, zero_point: Tensor, *formats: Tensor) -> Any:
+        out, grid = code_pass(x, scale, zero_point, Formats(*formats))
         return out, *grid
 
-    def flat_backward(u: Tensor, x: Tensor, scale: Tensor, offset: Tensor, *rest: Tensor) -> Any:
+    def flat_backward(u: Tensor, x: Tensor, scale: Tensor, *rest: Tensor) -> Any:
         count = len(Formats._fields)
-        return backward_pass(u, x, scale, offset, Formats(*rest[:count]), Grid(*rest[count:]))
+        return backward_pass(u, x, scale, Formats(*rest[:count]), Grid(*rest[count:]))
 
     def flat_moments_gradient(w: Tensor, *rest: Tensor) -> Any:
         return (moments_gradient(w, Moments(*rest[:-2]), *rest[-2:]),)
@@ -107,19 +107,19 @@ def compiled_kernels() -> Kernels:
     run_forward, run_codes, run_backward = (_compiled(f) for f in (flat_forward, flat_codes, flat_backward))
     run_moments, run_moments_gradient = _compiled(moments), _compiled(flat_moments_gradient)
 
-    def forward(x: Tensor, scale: Tensor, offset: Tensor, formats: Formats, dtype: torch.dtype) -> tuple[Tensor, Grid]:
-        out, *grid = run_forward(x, scale, offset, dtype, *formats)
+    def forward(
+        x: Tensor, scale: Tensor, zero_point: Tensor, formats: Formats, dtype: torch.dtype
+    ) -> tuple[Tensor, Grid]:
+        out, *grid = run_forward(x, scale, zero_point, dtype, *formats)
         return out, Grid(*grid)
 
-    def codes(x: Tensor, scale: Tensor, offset: Tensor, formats: Formats) -> tuple[Tensor, Grid]:
-        out, *grid = run_codes(x, scale, offset, *formats)
+    def codes(x: Tensor, scale: Tensor, zero_point: Tensor, formats: Formats) -> tuple[Tensor, Grid]:
+        out, *grid = run_codes(x, scale, zero_point, *formats)
         return out, Grid(*grid)
 
-    def backward(
-        u: Tensor, x: Tensor, scale: Tensor, offset: Tensor, formats: Formats, grid: Grid
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        grad_x, grad_scale, grad_offset = run_backward(u, x, scale, offset, *formats, *grid)
-        return grad_x, grad_scale, grad_offset
+    def backward(u: Tensor, x: Tensor, scale: Tensor, formats: Formats, grid: Grid) -> tuple[Tensor, Tensor]:
+        grad_x, grad_scale = run_backward(u, x, scale, *formats, *grid)
+        return grad_x, grad_scale
 
     def of_moments(w: Tensor, m: Moments, grad_skewness: Tensor, grad_kurtosis: Tensor) -> Tensor:
         # float64 without dimensions would count as Python numbers, whose values are compiled in
@@ -148,7 +148,7 @@ def choose_kernels(mode: CompileMode, device: torch.device) -> Kernels:
         return EAGER
     try:
         index, column = torch.zeros(5, 1, dtype=torch.int64, device=device), torch.ones(5, 1, device=device)
-        formats = Formats(index, index, column, torch.ones(2, 5, 2, device=device), column, index[0], index[0])
+        formats = Formats(index, torch.ones(2, 5, 2, device=device), column, index[0], index[0])
         table = torch.ones(5, device=device)
         compiled_kernels().forward(torch.ones(3, 7, device=device), table, table, formats, table.dtype)
     except Exception as error:  # a compiler that is missing, too old or broken fails in many ways

@@ -1,12 +1,12 @@
-"""Fake quantization with learned step sizes; `calibration` finds their initial values.
+"""Fake quantization with learned step sizes; `calibration` finds their initial values, and the zero points.
 
-LSQ (arXiv 1902.08153), LSQ+ (arXiv 2004.09576); EQ-Net (arXiv 2308.07650) eq. 1 and section 3.2.
+LSQ (arXiv 1902.08153); EQ-Net (arXiv 2308.07650) eq. 1 and section 3.2.
 
-    r = round(clip(x / s, qmin - z, qmax - z)),   x_hat = s * r,   code = r + z,   z = clip(round(-beta / s), qmin, qmax)
+    r = round(clip(x / s, qmin - z, qmax - z)),   x_hat = s * r,   code = r + z
 
-Departs from the official code: the zero point z is an integer inside the code range (there a real offset, so that zero was
-not on the grid), the offset keeps its sign (there `abs` flipped negative ones), and the step size is clamped, not shifted.
-Rounding is half to even *before* the zero point is added, exactly as ONNX QuantizeLinear does it.
+Departs from the paper: the zero point z is a calibrated integer inside the code range, and not learned. Learned real offsets
+(LSQ+, arXiv 2004.09576) settle between two integers, and a zero point that rounds them flips back and forth. Departs from the
+official code: zero is on the grid (there an offset of any value), and the step size is clamped, not shifted. Rounding is half to even *before* the zero point is added, exactly as ONNX QuantizeLinear does it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from eqnet.nn.kernels import (
     from_rows,
     like_layout,
     to_rows,
-    zero_point,
 )
 
 
@@ -58,26 +57,24 @@ class Selected(NamedTuple):
         """The row that is active now, for tensors whose step size is shared by a part of `numel` values."""
         return Selected(formats._replace(row=formats.row.clone(), groups=formats.groups / numel), axis, kernels)
 
-    def values(self, x: Tensor, scale: Tensor, offset: Tensor, dtype: torch.dtype) -> tuple[Tensor, Grid]:
-        """(fake-quantized `x` in `dtype`, its grid), for tables `scale` [S] and `offset` [A]."""
+    def values(self, x: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> tuple[Tensor, Grid]:
+        """(fake-quantized `x` in `dtype`, its grid), for tables `scale` and `zero_point` [S]."""
         rows = to_rows(x.detach(), self.axis).data
-        out, grid = self.kernels.forward(rows, scale.detach(), offset.detach(), self.formats, dtype)
+        out, grid = self.kernels.forward(rows, scale.detach(), zero_point, self.formats, dtype)
         return from_rows(out, x, self.axis), grid
 
-    def codes(self, x: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Grid]:
+    def codes(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Grid]:
         """(uint8 codes of `x` that count from the smallest value of the grid, the grid)."""
         rows = to_rows(x.detach(), self.axis).data
-        out, grid = self.kernels.codes(rows, scale.detach(), offset.detach(), self.formats)
+        out, grid = self.kernels.codes(rows, scale.detach(), zero_point, self.formats)
         return from_rows(out, x, self.axis), grid
 
-    def gradients(
-        self, u: Tensor, x: Tensor, scale: Tensor, offset: Tensor, grid: Grid
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of `x`, `scale` and `offset` for that of the fake-quantized values, `u`."""
+    def gradients(self, u: Tensor, x: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Gradients of `x` and `scale` for that of the fake-quantized values, `u`."""
         rows = to_rows(x.detach(), self.axis).data
         u = to_rows(like_layout(u.detach(), x), self.axis).data
-        grad_x, *tables = self.kernels.backward(u, rows, scale.detach(), offset.detach(), self.formats, grid)
-        return from_rows(grad_x, x, self.axis), tables[0], tables[1]
+        grad_x, grad_scale = self.kernels.backward(u, rows, scale.detach(), self.formats, grid)
+        return from_rows(grad_x, x, self.axis), grad_scale
 
 
 def layer_dtype(x: Tensor) -> torch.dtype:
@@ -92,47 +89,47 @@ class _FakeQuantize(torch.autograd.Function):
     """Fake quantization of a tensor by the active row of two tables; the mathematics is in `kernels`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor, selected: Selected) -> Tensor:
-        out, ctx.grid = selected.values(x, scale, offset, layer_dtype(x))
-        ctx.save_for_backward(x, scale, offset)
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, selected: Selected) -> Tensor:
+        out, ctx.grid = selected.values(x, scale, zero_point, layer_dtype(x))
+        ctx.save_for_backward(x, scale)
         ctx.selected = selected
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *ctx.selected.gradients(grads[0], *ctx.saved_tensors, ctx.grid), None
+        return *ctx.selected.gradients(grads[0], *ctx.saved_tensors, ctx.grid), None, None
 
 
-def fake_quantize_active(x: Tensor, scale: Tensor, offset: Tensor, selected: Selected) -> Tensor:
+def fake_quantize_active(x: Tensor, scale: Tensor, zero_point: Tensor, selected: Selected) -> Tensor:
     """Rounds `x` to the grid of the selected row of a quantizer's tables; differentiable.
 
     Args:
         x: any shape, float.
         scale: table [S].
-        offset: table [A].
+        zero_point: table [S], whole numbers.
         selected: the row; its number of values N gives LSQ's gradient scale g = 1 / sqrt(qmax * N).
 
     Returns:
         Same shape as `x`, and same dtype, or under autocast the lower-precision one that the layer computes in. Gradients,
-        with u the incoming one (EQ-Net section 3.2, LSQ eq. 3, LSQ+ eq. 5): x: u inside the range (bounds included), 0
-        outside; scale: g * sum u * (r - x / s inside, qmin / qmax outside); offset: g * sum of u outside.
+        with u the incoming one (LSQ eq. 3): x: u inside the range (bounds included), 0 outside; scale: g * sum u * (r - x / s
+        inside, qmin - z or qmax - z outside).
     """
-    return _FakeQuantize.apply(x, scale, offset, selected)  # type: ignore[no-any-return]
+    return _FakeQuantize.apply(x, scale, zero_point, selected)  # type: ignore[no-any-return]
 
 
 def fake_quantize(
-    x: Tensor, scale: Tensor, offset: Tensor, qmin: Tensor, qmax: Tensor, grad_scale: Tensor | None = None
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: Tensor, qmax: Tensor, grad_scale: Tensor | None = None
 ) -> Tensor:
-    """Rounds `x` to the grid of `scale` and the integer zero point of `offset`; differentiable.
+    """Rounds `x` to the grid of a step size and a zero point; differentiable.
 
     Args:
         x: any shape, float.
         scale: step size, 0-d or broadcastable to `x` along one axis, e.g. `[C, 1, 1, 1]`.
-        offset: real offset beta, same shape as `scale`; zeros for symmetric formats.
+        zero_point: whole number from `qmin` to `qmax`, float like `scale` and of its shape; zeros for symmetric formats.
         qmin: smallest code, one float.
         qmax: largest code, one float.
-        grad_scale: factor g on the gradients of `scale` and `offset`, one positive float; None means 1.
+        grad_scale: factor g on the gradient of `scale`, one positive float; None means 1.
 
     Returns:
         As `fake_quantize_active`.
@@ -144,20 +141,19 @@ def fake_quantize(
     """
     axis = next((x.ndim - scale.ndim + d for d, size in enumerate(scale.shape) if size > 1), None)
     index = torch.arange(scale.numel(), device=scale.device)[None]
-    one, zero = torch.ones(1, 1, device=scale.device), torch.zeros(1, dtype=torch.int64, device=scale.device)
+    zero = torch.zeros(1, dtype=torch.int64, device=scale.device)
     ranges = torch.stack([qmin.reshape(()), qmax.reshape(())]).view(1, 1, 2)
     groups = (qmax if grad_scale is None else qmax * grad_scale.square()).view(1, 1)  # g = sqrt(groups / qmax)
-    formats = Formats(index, index, one, ranges, groups, zero, zero)
-    return fake_quantize_active(x, scale.reshape(-1), offset.reshape(-1), Selected.of(formats, axis, 1, EAGER))
+    formats = Formats(index, ranges, groups, zero, zero)
+    return fake_quantize_active(x, scale.reshape(-1), zero_point.reshape(-1), Selected.of(formats, axis, 1, EAGER))
 
 
-def quantize(x: Tensor, scale: Tensor, offset: Tensor, qmin: Tensor, qmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: Tensor, qmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The integers behind `fake_quantize`: (codes int8 or uint8 like `x`, step size, zero point int8 or uint8).
 
     `(codes - zero_point) * step size` equals `fake_quantize(x, ...)` bit for bit.
     """
     dtype = torch.int8 if float(qmin.min()) < 0 else torch.uint8
-    s = scale.clamp_min(SCALE_EPS)
-    z = zero_point(s, offset, qmin, qmax)
+    s, z = scale.clamp_min(SCALE_EPS), zero_point
     codes = torch.clamp(x / s, qmin - z, qmax - z).round_() + z
     return codes.to(dtype), s, z.to(dtype)

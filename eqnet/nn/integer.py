@@ -22,7 +22,7 @@ from timm.layers.linear import Linear as TimmLinear
 from timm.layers.std_conv import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 
-from eqnet.nn.functional import SCALE_EPS, zero_point
+from eqnet.nn.kernels import SCALE_EPS
 from eqnet.nn.layers import ElasticLayer
 from eqnet.nn.quantizer import ElasticQuantizer
 
@@ -45,8 +45,7 @@ class InputGrid(NamedTuple):
 
 def input_grid(quantizer: ElasticQuantizer) -> InputGrid:
     """The grid of the active format; signed codes are shifted by half their range."""
-    scale, offset, qmin, qmax = quantizer.qparams()
-    z = zero_point(scale, offset, qmin, qmax)
+    scale, z, qmin, qmax = quantizer.qparams()
     return InputGrid(float(scale.clamp_min(SCALE_EPS)), int(z - qmin), float(qmin - z), float(qmax - z))
 
 
@@ -130,7 +129,7 @@ def pack_codes(layer: ElasticLayer, r: Tensor, scale: Tensor) -> PackedWeight | 
 
 
 class WeightCache:
-    """Packed weights by layer and format; a changed weight, step size or offset is packed again.
+    """Packed weights by layer and format; a changed weight, step size or zero point is packed again.
 
     Changes are seen by the version counters of the parameters, which writes through `.data` do not advance.
     """

@@ -38,8 +38,7 @@ def integer_forward(layer: ElasticLayer, x: Tensor) -> Tensor:
     """The layer on an input [N, C, H, W], or [..., C] of a linear layer; differentiable; dtype as in the simulation."""
     act, weight = layer.act_quantizer, layer.weight_quantizer
     assert act is not None
-    tables = (act.scale, act.offset, weight.scale, weight.offset)
-    return _IntegerLayer.apply(x, layer.float_weight, layer._parameters["bias"], *tables, layer)  # type: ignore[no-any-return]
+    return _IntegerLayer.apply(x, layer.float_weight, layer._parameters["bias"], act.scale, weight.scale, layer)  # type: ignore[no-any-return]
 
 
 class _IntegerLayer(torch.autograd.Function):
@@ -52,22 +51,20 @@ class _IntegerLayer(torch.autograd.Function):
         w: Tensor,
         bias: Tensor | None,
         act_scale: Tensor,
-        act_offset: Tensor,
         scale: Tensor,
-        offset: Tensor,
         layer: ElasticLayer,
     ) -> Tensor:
-        act = layer.act_quantizer
+        act, quantizer = layer.act_quantizer, layer.weight_quantizer
         assert act is not None
         ctx.layer, ctx.dtype = layer, layer_dtype(x)
-        ctx.input, ctx.weight = act.selected(x), layer.weight_quantizer.selected(w)
-        codes, ctx.input_grid = ctx.input.codes(x, act_scale, act_offset)
-        weight_codes, ctx.weight_grid = ctx.weight.codes(w, scale, offset)
-        ctx.save_for_backward(x, w, bias, act_scale, act_offset, scale, offset)
+        ctx.input, ctx.weight = act.selected(x), quantizer.selected(w)
+        codes, ctx.input_grid = ctx.input.codes(x, act_scale, act.zero_point)
+        weight_codes, ctx.weight_grid = ctx.weight.codes(w, scale, quantizer.zero_point)
+        ctx.save_for_backward(x, w, bias, act_scale, scale)
         packed = _packed(layer, weight_codes, ctx.weight_grid, ctx.dtype)
         if packed is None:
-            values, _ = ctx.input.values(x, act_scale, act_offset, ctx.dtype)
-            weight, _ = ctx.weight.values(w, scale, offset, ctx.dtype)
+            values, _ = ctx.input.values(x, act_scale, act.zero_point, ctx.dtype)
+            weight, _ = ctx.weight.values(w, scale, quantizer.zero_point, ctx.dtype)
             return _float_forward(layer, values, weight, None if bias is None else bias.to(ctx.dtype))
         grid = _input_grid(ctx.input_grid)
         if isinstance(layer, nn.Linear):
@@ -77,17 +74,17 @@ class _IntegerLayer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, bias, act_scale, act_offset, scale, offset = ctx.saved_tensors
-        of_input = any(ctx.needs_input_grad[i] for i in (0, 3, 4))
-        values, _ = ctx.input.values(x, act_scale, act_offset, ctx.dtype)
-        weight, _ = ctx.weight.values(w, scale, offset, ctx.dtype)
+        x, w, bias, act_scale, scale = ctx.saved_tensors
+        of_input = ctx.needs_input_grad[0] or ctx.needs_input_grad[3]
+        values, _ = ctx.input.values(x, act_scale, ctx.layer.act_quantizer.zero_point, ctx.dtype)
+        weight, _ = ctx.weight.values(w, scale, ctx.layer.weight_quantizer.zero_point, ctx.dtype)
         u_values, u_weight, u_bias = _float_backward(ctx.layer, grads[0], values, weight, of_input, bias is not None)
         del values
-        of_x: tuple[Tensor | None, ...] = (None, None, None)
+        of_x: tuple[Tensor | None, Tensor | None] = (None, None)
         if u_values is not None:
-            of_x = ctx.input.gradients(u_values, x, act_scale, act_offset, ctx.input_grid)
-        of_w = ctx.weight.gradients(u_weight, w, scale, offset, ctx.weight_grid)
-        return of_x[0], of_w[0], None if bias is None else u_bias.to(bias.dtype), *of_x[1:], *of_w[1:], None
+            of_x = ctx.input.gradients(u_values, x, act_scale, ctx.input_grid)
+        of_w, of_scale = ctx.weight.gradients(u_weight, w, scale, ctx.weight_grid)
+        return of_x[0], of_w, None if bias is None else u_bias.to(bias.dtype), of_x[1], of_scale, None
 
 
 def _input_grid(grid: Grid) -> InputGrid:

@@ -1,7 +1,7 @@
 """The fused quantizer: forward and backward of fake quantization over rows. `compiled.py` compiles these formulas.
 
-LSQ (arXiv 1902.08153) eq. 3, LSQ+ (arXiv 2004.09576) eq. 5; EQ-Net (arXiv 2308.07650) section 3.2. Everything that a config
-changes (row, step size, offset, bounds, signedness) is a tensor, so one compilation serves every layer and every format.
+LSQ (arXiv 1902.08153) eq. 3; EQ-Net (arXiv 2308.07650) section 3.2. Everything that a config changes (row, step size, zero
+point, bounds, signedness) is a tensor, so one compilation serves every layer and every format.
 Nothing is saved for the backward pass but the input, which the network keeps anyway, and a few numbers per channel: the
 mask is computed again.
 
@@ -9,7 +9,7 @@ A tensor is seen as rows [R, L] in the order of its storage. Weights have one ro
 rows as keep sums short, because the gradient of its step size is a sum over millions of values in float32.
 
 Shape legend: `R` rows, `L` values of a row, `C` channels (R for weights, 1 for activations), `F` formats, `S` entries of
-the table of step sizes, `A` of the table of offsets.
+the tables of step sizes and of zero points.
 """
 
 from __future__ import annotations
@@ -29,18 +29,14 @@ class Formats(NamedTuple):
     """The constants of a quantizer's formats and the active one.
 
     Attributes:
-        scale_index: int64 [F, C], entry of the table of step sizes of each format and channel.
-        offset_index: int64 [F, C].
-        asymmetric: float [F, 1], 1 or 0.
+        entries: int64 [F, C], where each format and channel is in the tables.
         ranges: float [2, F, 2], (qmin, qmax) by signedness.
         groups: float [F, 1], step sizes per value: one over the number of values that share a step size.
         signed: int64 [1].
         row: int64 [1], the active format.
     """
 
-    scale_index: Tensor
-    offset_index: Tensor
-    asymmetric: Tensor
+    entries: Tensor
     ranges: Tensor
     groups: Tensor
     signed: Tensor
@@ -57,20 +53,12 @@ class Grid(NamedTuple):
     bounds: Tensor
 
 
-def zero_point(scale: Tensor, offset: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:
-    """Integer zero point of a real offset (same float dtype as `scale`), inside the code range so that 0.0 is exact."""
-    z = torch.round(-offset / scale.clamp_min(SCALE_EPS))
-    return torch.minimum(torch.maximum(z, qmin), qmax)
-
-
-def active_grid(scale: Tensor, offset: Tensor, formats: Formats) -> Grid:
-    """The grid of the active row of the tables `scale` [S] and `offset` [A]."""
-    index = formats.scale_index.index_select(0, formats.row)[0]
-    offset_index = formats.offset_index.index_select(0, formats.row)[0]
+def active_grid(scale: Tensor, zero_point: Tensor, formats: Formats) -> Grid:
+    """The grid of the active row of the tables `scale` and `zero_point` [S]."""
+    entries = formats.entries.index_select(0, formats.row)[0]
     bounds = formats.ranges.index_select(0, formats.signed)[0].index_select(0, formats.row)[0]
-    s = scale.index_select(0, index).clamp_min(SCALE_EPS)
-    beta = offset.index_select(0, offset_index) * formats.asymmetric.index_select(0, formats.row)[0]
-    z = zero_point(s, beta, bounds[0], bounds[1])
+    s = scale.index_select(0, entries).clamp_min(SCALE_EPS)
+    z = zero_point.index_select(0, entries)
     return Grid(s[:, None], (bounds[0] - z)[:, None], (bounds[1] - z)[:, None], bounds)
 
 
@@ -84,56 +72,48 @@ def code_rows(x: Tensor, grid: Grid) -> Tensor:
     return (x / grid.s).clamp_(grid.low, grid.high).round_().sub_(grid.low).to(torch.uint8)
 
 
-def row_gradients(u: Tensor, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+def row_gradients(u: Tensor, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Gradients of `quantize_rows` for the incoming gradient `u` [R, L].
 
     Returns:
         of `x` [R, L]: u inside the range (bounds included), 0 outside; of the step size [R]: sum of u * (r - x / s) inside
-        and u * qmin or u * qmax outside; of the offset [R]: sum of u outside.
+        and u * (qmin - z) or u * (qmax - z) outside.
     """
     v = x / grid.s
     c = v.clamp(grid.low, grid.high)
     inside = v == c
-    z = grid.bounds[0] - grid.low
-    wide = u.to(v.dtype)
     grad_x = torch.where(inside, u, 0).to(x.dtype)
-    d = torch.where(inside, c.round() - v, c + z)
-    return grad_x, (wide * d).sum(1), torch.where(inside, 0, wide).sum(1)
+    d = torch.where(inside, c.round() - v, c)
+    return grad_x, (u.to(v.dtype) * d).sum(1)
 
 
-def forward_pass(x: Tensor, scale: Tensor, offset: Tensor, formats: Formats, dtype: torch.dtype) -> tuple[Tensor, Grid]:
+def forward_pass(
+    x: Tensor, scale: Tensor, zero_point: Tensor, formats: Formats, dtype: torch.dtype
+) -> tuple[Tensor, Grid]:
     """`Kernels.forward` in plain operations."""
-    grid = active_grid(scale, offset, formats)
+    grid = active_grid(scale, zero_point, formats)
     return quantize_rows(x, grid).to(dtype), grid
 
 
-def code_pass(x: Tensor, scale: Tensor, offset: Tensor, formats: Formats) -> tuple[Tensor, Grid]:
+def code_pass(x: Tensor, scale: Tensor, zero_point: Tensor, formats: Formats) -> tuple[Tensor, Grid]:
     """`Kernels.codes` in plain operations."""
-    grid = active_grid(scale, offset, formats)
+    grid = active_grid(scale, zero_point, formats)
     return code_rows(x, grid), grid
 
 
-def _table_gradients(
-    ds: Tensor, db: Tensor, scale: Tensor, offset: Tensor, formats: Formats, bounds: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Row sums [R] to gradients of the tables, times g = 1 / sqrt(qmax * values that share a step size) (LSQ)."""
-    row = formats.row
-    index, offset_index = formats.scale_index.index_select(0, row)[0], formats.offset_index.index_select(0, row)[0]
-    groups, asymmetric = formats.groups.index_select(0, row)[0], formats.asymmetric.index_select(0, row)[0]
-    if index.shape[0] == 1:  # one channel, many rows
-        ds, db = ds.sum(0, keepdim=True), db.sum(0, keepdim=True)
+def _table_gradient(ds: Tensor, scale: Tensor, formats: Formats, bounds: Tensor) -> Tensor:
+    """Row sums [R] to the gradient of the table, times g = 1 / sqrt(qmax * values that share a step size) (LSQ)."""
+    entries, groups = (t.index_select(0, formats.row)[0] for t in (formats.entries, formats.groups))
+    if entries.shape[0] == 1:  # one channel, many rows
+        ds = ds.sum(0, keepdim=True)
     g = torch.rsqrt(bounds[1] / groups)
-    grad_scale = torch.zeros_like(scale).index_add(0, index, (ds * g).to(scale.dtype))
-    grad_offset = torch.zeros_like(offset).index_add(0, offset_index, (db * g * asymmetric).to(offset.dtype))
-    return grad_scale, grad_offset
+    return torch.zeros_like(scale).index_add(0, entries, (ds * g).to(scale.dtype))
 
 
-def backward_pass(
-    u: Tensor, x: Tensor, scale: Tensor, offset: Tensor, formats: Formats, grid: Grid
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward_pass(u: Tensor, x: Tensor, scale: Tensor, formats: Formats, grid: Grid) -> tuple[Tensor, Tensor]:
     """`Kernels.backward` in plain operations."""
-    grad_x, ds, db = row_gradients(u, x, grid)
-    return grad_x, *_table_gradients(ds, db, scale, offset, formats, grid.bounds)
+    grad_x, ds = row_gradients(u, x, grid)
+    return grad_x, _table_gradient(ds, scale, formats, grid.bounds)
 
 
 class Moments(NamedTuple):
@@ -178,16 +158,16 @@ class Kernels(NamedTuple):
     """One implementation of the passes over tensors.
 
     Attributes:
-        forward: (x [R, L], scale [S], offset [A], formats, dtype of the result) -> (result [R, L], grid).
-        codes: (x [R, L], scale [S], offset [A], formats) -> (uint8 [R, L], grid), see `code_rows`.
-        backward: (u [R, L], x, scale, offset, formats, grid) -> gradients of x, scale and offset.
+        forward: (x [R, L], scale [S], zero_point [S], formats, dtype of the result) -> (result [R, L], grid).
+        codes: (x [R, L], scale [S], zero_point [S], formats) -> (uint8 [R, L], grid), see `code_rows`.
+        backward: (u [R, L], x, scale, formats, grid) -> gradients of x and scale.
         moments: see `moments`.
         moments_gradient: see there.
     """
 
     forward: Callable[[Tensor, Tensor, Tensor, Formats, torch.dtype], tuple[Tensor, Grid]]
     codes: Callable[[Tensor, Tensor, Tensor, Formats], tuple[Tensor, Grid]]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Formats, Grid], tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[[Tensor, Tensor, Tensor, Formats, Grid], tuple[Tensor, Tensor]]
     moments: Callable[[Tensor], Moments]
     moments_gradient: Callable[[Tensor, Moments, Tensor, Tensor], Tensor]
 
@@ -203,32 +183,29 @@ def _part(grid: Grid, rows: slice) -> Grid:
 
 
 def _eager_forward(
-    x: Tensor, scale: Tensor, offset: Tensor, formats: Formats, dtype: torch.dtype
+    x: Tensor, scale: Tensor, zero_point: Tensor, formats: Formats, dtype: torch.dtype
 ) -> tuple[Tensor, Grid]:
-    grid = active_grid(scale, offset, formats)
+    grid = active_grid(scale, zero_point, formats)
     out = torch.empty_like(x, dtype=dtype)
     for rows in _blocks(x):
         out[rows] = quantize_rows(x[rows], _part(grid, rows))
     return out, grid
 
 
-def _eager_codes(x: Tensor, scale: Tensor, offset: Tensor, formats: Formats) -> tuple[Tensor, Grid]:
-    grid = active_grid(scale, offset, formats)
+def _eager_codes(x: Tensor, scale: Tensor, zero_point: Tensor, formats: Formats) -> tuple[Tensor, Grid]:
+    grid = active_grid(scale, zero_point, formats)
     out = torch.empty_like(x, dtype=torch.uint8)
     for rows in _blocks(x):
         out[rows] = code_rows(x[rows], _part(grid, rows))
     return out, grid
 
 
-def _eager_backward(
-    u: Tensor, x: Tensor, scale: Tensor, offset: Tensor, formats: Formats, grid: Grid
-) -> tuple[Tensor, Tensor, Tensor]:
+def _eager_backward(u: Tensor, x: Tensor, scale: Tensor, formats: Formats, grid: Grid) -> tuple[Tensor, Tensor]:
     grad_x, sums = torch.empty_like(x), []
     for rows in _blocks(x):
-        grad_x[rows], *both = row_gradients(u[rows], x[rows], _part(grid, rows))
-        sums.append(torch.stack(both))
-    ds, db = torch.cat(sums, 1)
-    return grad_x, *_table_gradients(ds, db, scale, offset, formats, grid.bounds)
+        grad_x[rows], ds = row_gradients(u[rows], x[rows], _part(grid, rows))
+        sums.append(ds)
+    return grad_x, _table_gradient(torch.cat(sums), scale, formats, grid.bounds)
 
 
 EAGER = Kernels(_eager_forward, _eager_codes, _eager_backward, moments, moments_gradient)

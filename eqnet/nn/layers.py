@@ -20,7 +20,7 @@ from timm.layers.padding import pad_same
 from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 
-from eqnet.nn.functional import SCALE_EPS, fake_quantize, zero_point
+from eqnet.nn.functional import SCALE_EPS, fake_quantize
 from eqnet.nn.quantizer import ElasticQuantizer
 from eqnet.space import LayerInfo, QuantSpace
 
@@ -128,8 +128,7 @@ class QuantizedLayer(QuantMixin):
         """Rounds the input to the integer grid of the device."""
         if self.act_scale is None:
             return x
-        offset = -self.act_zero_point * self.act_scale
-        return fake_quantize(x, self.act_scale, offset, self.act_qmin, self.act_qmax)
+        return fake_quantize(x, self.act_scale, self.act_zero_point, self.act_qmin, self.act_qmax)
 
 
 @functools.cache
@@ -170,9 +169,9 @@ def make_quantized(module: nn.Module) -> None:
     if act is None or not act.enabled:
         buffers["act_scale"] = None
     else:
-        act_scale, offset, qmin, qmax = act.qparams()
+        act_scale, zero, qmin, qmax = act.qparams()
         buffers["act_scale"] = act_scale.clamp_min(SCALE_EPS).clone()
-        buffers["act_zero_point"] = zero_point(act_scale, offset, qmin, qmax)
+        buffers["act_zero_point"] = zero.clone()
         buffers["act_qmin"], buffers["act_qmax"] = qmin.clone(), qmax.clone()
     del module.weight_quantizer, module.act_quantizer
     vars(module).pop("trained_forward", None)

@@ -1,8 +1,9 @@
-"""The elastic quantizer: one table of step sizes and offsets, one row per format, one active row (EQ-Net section 3.2).
+"""The elastic quantizer: one table of step sizes and zero points, one row per format, one active row (EQ-Net section 3.2).
 
-All formats of a quantizer live in two flat parameters. Row `r` owns `C` consecutive entries if it is per channel and one
-entry, gathered C times, if it is per tensor: EQ-Net learns both independently (Table 4). Selecting a format writes one
-int64 number, so any number of configs shares one compilation, and every parameter takes part in every backward pass.
+All formats of a quantizer live in two flat parameters, the step sizes, which are learned, and the zero points. Row `r` owns `C`
+consecutive entries of each if it is per channel and one entry, gathered C times, if it is per tensor: EQ-Net learns both
+independently (Table 4). Selecting a format writes one int64 number, so any number of configs shares one compilation, and
+every learned parameter takes part in every backward pass. Zero points are calibrated and stay (see `functional`).
 
 Rows that a step did not select have an exactly zero gradient. `eqnet.training.optimizer.SupernetAdamW` leaves entries
 with zero gradient and their moments untouched, so unselected rows do not drift with momentum (the official code's did).
@@ -11,7 +12,7 @@ Departs from the official code: tables are allocated here, not in the first forw
 calibrated flag are buffers, so a checkpoint loads without a calibration pass; the rows follow the space, not 2..8;
 the gradient scale of activations counts elements of one image (LSQ's N_F), so it does not depend on the batch.
 
-Shape legend: `R` formats (rows), `C` channels, `S` step sizes of the table, `A` offsets of the asymmetric rows.
+Shape legend: `R` formats (rows), `C` channels, `S` entries of the table.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ class ElasticQuantizer(nn.Module):
         signed: initial signedness; `calibrate` decides it for activations.
     """
 
-    scale: nn.Parameter
-    offset: nn.Parameter
+    scale: nn.Parameter  # [S]
+    zero_point: (
+        nn.Parameter
+    )  # whole numbers [S], zero in symmetric rows; a parameter, so that all processes get the same
     row: Tensor  # int64 [1], the active row: the only mutable state of a config
     signed: Tensor  # int64 [1]
     calibrated: Tensor  # bool [1]
-    index: Tensor  # int64 [R, C], entry of `scale` of each row and channel
-    offset_index: Tensor  # int64 [R, C]
-    asymmetric: Tensor  # float [R, 1]
+    index: Tensor  # int64 [R, C], entry of each row and channel
     ranges: Tensor  # float [2, R, 2], (qmin, qmax) by signedness
     groups: Tensor  # float [R, 1], step sizes that share the tensor
 
@@ -69,23 +70,18 @@ class ElasticQuantizer(nn.Module):
         self.enabled = True
         self.observing = False
         self._observed: Histogram | None = None
-        index, offset_index, entries, offsets = [], [], 0, 0
+        index, entries = [], 0
         for fmt in self.formats:
             width = channels if fmt.granularity == "channel" else 1
             steps = torch.arange(channels) if width > 1 else torch.zeros(channels, dtype=torch.int64)
             index.append(entries + steps)
             entries += width
-            offset_index.append(torch.zeros_like(steps) if fmt.symmetric else offsets + steps)
-            offsets += 0 if fmt.symmetric else width
         self.scale = nn.Parameter(torch.ones(entries, device=device))
-        # at least two entries: compiled code would need a variant for tables of one
-        self.offset = nn.Parameter(torch.zeros(max(offsets, 2), device=device), requires_grad=offsets > 0)
+        self.zero_point = nn.Parameter(torch.zeros(entries, device=device), requires_grad=False)
         ranges = [[code_range(f.bits, s) for f in self.formats] for s in (False, True)]
         groups = [[1.0 if f.granularity == "tensor" else float(channels)] for f in self.formats]
         for name, table in {
             "index": torch.stack(index),
-            "offset_index": torch.stack(offset_index),
-            "asymmetric": torch.tensor([[float(not f.symmetric)] for f in self.formats]),
             "ranges": torch.tensor(ranges, dtype=torch.float32),  # [signed, R, 2]
             "groups": torch.tensor(groups),
         }.items():
@@ -109,18 +105,16 @@ class ElasticQuantizer(nn.Module):
     def active(self) -> Formats:
         """What the rows of the tables mean, and the active one."""
         tables = self._buffers  # attributes of modules are slow to look up, and this runs for every tensor of a step
-        names = ("index", "offset_index", "asymmetric", "ranges", "groups", "signed", "row")
+        names = ("index", "ranges", "groups", "signed", "row")
         return Formats(*(tables[name] for name in names))  # type: ignore[arg-type]
 
     @torch.no_grad()
     def qparams(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(scale, offset, qmin, qmax) of the active row, broadcastable to the tensor."""
-        index, offset_index = (table.index_select(0, self.row)[0] for table in (self.index, self.offset_index))
-        scale = self.scale.index_select(0, index).view(self.broadcast)
-        asymmetric = self.asymmetric.index_select(0, self.row)
-        offset = (self.offset.index_select(0, offset_index) * asymmetric[0]).view(self.broadcast)
+        """(scale, zero point, qmin, qmax) of the active row, broadcastable to the tensor."""
+        index = self.index.index_select(0, self.row)[0]
+        scale, zero = (table.index_select(0, index).view(self.broadcast) for table in (self.scale, self.zero_point))
         bounds = self.ranges.index_select(0, self.signed)[0].index_select(0, self.row)[0]
-        return scale, offset, bounds[0], bounds[1]
+        return scale, zero, bounds[0], bounds[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantizes `x` in the active format; same shape."""
@@ -128,7 +122,7 @@ class ElasticQuantizer(nn.Module):
             self._observe(x)
         if not self.enabled:
             return x
-        return fake_quantize_active(x, self.scale, self.offset, self.selected(x))
+        return fake_quantize_active(x, self.scale, self.zero_point, self.selected(x))
 
     @property
     def plain(self) -> bool:
@@ -144,7 +138,7 @@ class ElasticQuantizer(nn.Module):
     def quantized(self, x: Tensor, row: int) -> Tensor:
         """Fake-quantizes `x` in the format of a row, whichever is active; same shape, no gradient."""
         formats = self.active._replace(row=torch.full_like(self.row, row))
-        return fake_quantize_active(x, self.scale, self.offset, Selected.of(formats, self.axis, 1, self.kernels))
+        return fake_quantize_active(x, self.scale, self.zero_point, Selected.of(formats, self.axis, 1, self.kernels))
 
     @torch.no_grad()
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,7 +147,7 @@ class ElasticQuantizer(nn.Module):
 
     @torch.no_grad()
     def inherit(self, source: ElasticQuantizer) -> None:
-        """Takes the step sizes, offsets and signedness of each of its formats from a quantizer of the same tensor.
+        """Takes the step sizes, zero points and signedness of each of its formats from a quantizer of the same tensor.
 
         Raises:
             ValueError: a format that `source` lacks.
@@ -163,8 +157,7 @@ class ElasticQuantizer(nn.Module):
                 raise ValueError(f"no row for {fmt}; the quantizer has {len(source.rows)} formats.")
             row = source.rows[fmt]
             self.scale[self.index[r]] = source.scale[source.index[row]].to(self.scale)
-            if not fmt.symmetric:
-                self.offset[self.offset_index[r]] = source.offset[source.offset_index[row]].to(self.offset)
+            self.zero_point[self.index[r]] = source.zero_point[source.index[row]].to(self.zero_point)
         self.signed.copy_(source.signed)
         self.calibrated.copy_(source.calibrated)
 
@@ -199,12 +192,11 @@ class ElasticQuantizer(nn.Module):
         if isinstance(values, Histogram):
             self.signed.fill_(int(float(values.low) < 0))
         bits, symmetric = zip(*((self.formats[r].bits, self.formats[r].symmetric) for r in rows), strict=True)
-        scale, offset = choose_qparams(values, torch.tensor(bits), torch.tensor(symmetric), bool(self.signed))
-        width, device = scale.shape[1], self.scale.device
-        for r, row_scale, row_offset in zip(rows, scale.to(device), offset.to(device), strict=True):
-            self.scale[self.index[r, :width]] = row_scale
-            if not self.formats[r].symmetric:
-                self.offset[self.offset_index[r, :width]] = row_offset
+        found = choose_qparams(values, torch.tensor(bits), torch.tensor(symmetric), bool(self.signed))
+        scale, zero = (t.to(self.scale.device) for t in found)
+        for r, row_scale, row_zero in zip(rows, scale, zero, strict=True):
+            entries = self.index[r, : scale.shape[1]]
+            self.scale[entries], self.zero_point[entries] = row_scale, row_zero
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:

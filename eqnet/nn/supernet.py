@@ -195,10 +195,6 @@ class Supernet(nn.Module):
         """The tables of step sizes of all quantizers; every entry is positive. That of the image is calibrated, not learned."""
         return [q.scale for _, q in self.quantizers()]
 
-    def offsets(self) -> list[nn.Parameter]:
-        """The tables of offsets of all quantizers that have asymmetric formats."""
-        return [q.offset for _, q in self.quantizers() if not all(fmt.symmetric for fmt in q.formats)]
-
     def latent_weights(self) -> dict[str, nn.Parameter]:
         """The trained weights of the elastic layers by name, in order of execution."""
         return {name: layer.latent_weight for name, layer in self._layers.items()}

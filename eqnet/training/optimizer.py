@@ -21,8 +21,8 @@ class SupernetAdamW(torch.optim.AdamW):
     """AdamW whose groups with `per_entry=True` update only entries with a non-zero gradient, without weight decay.
 
     Args:
-        params: parameter groups; `per_entry` marks groups of step-size tables, `positive` those whose entries are positive
-            and stay so: an update changes them by a tenth at most.
+        params: parameter groups; `per_entry` marks groups of step-size tables, whose entries are positive and stay so: an
+            update changes them by a tenth at most.
         lr: learning rate of groups that do not set their own.
     """
 
@@ -30,7 +30,6 @@ class SupernetAdamW(torch.optim.AdamW):
         super().__init__(params, lr=lr, weight_decay=weight_decay, fused=True)
         for group in self.param_groups:
             group.setdefault("per_entry", False)
-            group.setdefault("positive", False)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -69,17 +68,15 @@ class SupernetAdamW(torch.optim.AdamW):
         update = torch._foreach_div(torch._foreach_div(first, correction1), denominator)
         torch._foreach_mul_(update, touched)
         torch._foreach_mul_(update, -group["lr"])
-        if group["positive"]:
-            # an update of Adam is about a learning rate long, which may be more than a whole 8-bit step size
-            limits = torch._foreach_mul(tables, MAX_RELATIVE_CHANGE)
-            update = torch._foreach_maximum(torch._foreach_minimum(update, limits), torch._foreach_neg(limits))
+        # an update of Adam is about a learning rate long, which may be more than a whole 8-bit step size
+        limits = torch._foreach_mul(tables, MAX_RELATIVE_CHANGE)
+        update = torch._foreach_maximum(torch._foreach_minimum(update, limits), torch._foreach_neg(limits))
         torch._foreach_add_(tables, update)
 
 
 def parameter_groups(
     model: nn.Module,
     step_sizes: list[nn.Parameter],
-    offsets: list[nn.Parameter],
     *,
     lr: float,
     step_size_lr: float,
@@ -89,10 +86,9 @@ def parameter_groups(
 
     Args:
         model: the network; parameters with one dimension get no weight decay.
-        step_sizes: positive tables with `step_size_lr`, no decay, updated per entry; empty in float training.
-        offsets: tables of any sign, otherwise the same.
+        step_sizes: tables with `step_size_lr`, no decay, updated per entry; empty in float training.
     """
-    tables = {id(p) for p in (*step_sizes, *offsets)}
+    tables = {id(p) for p in step_sizes}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in tables]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
@@ -102,9 +98,7 @@ def parameter_groups(
             "lr": step_size_lr,
             "weight_decay": 0.0,
             "per_entry": True,
-            "positive": True,
         },
-        {"params": [p for p in offsets if p.requires_grad], "lr": step_size_lr, "weight_decay": 0.0, "per_entry": True},
     ]
     for group in groups:
         group["peak_lr"] = group["lr"]

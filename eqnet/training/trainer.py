@@ -128,9 +128,7 @@ class Trainer:
                 self.accelerator.backward(loss)
                 return {"task": loss.detach()}
 
-            groups = parameter_groups(
-                model, [], [], lr=s.pretrain.lr, step_size_lr=0.0, weight_decay=s.train.weight_decay
-            )
+            groups = parameter_groups(model, [], lr=s.pretrain.lr, step_size_lr=0.0, weight_decay=s.train.weight_decay)
             prepared, optimizer = self.accelerator.prepare(model, SupernetAdamW(groups))
             phase = Phase("pretrain", prepared, optimizer, s.pretrain_epochs, compute, warmup_epochs=1.0)
             self.loop.train(phase, resume)
@@ -213,7 +211,6 @@ class Trainer:
         groups = parameter_groups(
             supernet,
             supernet.step_sizes(),
-            supernet.offsets(),
             lr=t.lr,
             step_size_lr=t.step_size_lr,
             weight_decay=t.weight_decay,
