@@ -70,7 +70,7 @@ class DataSettings(_Section):
 
 
 class SpaceSettings(_Section):
-    """What may vary. One choice each gives static quantization-aware training (LSQ, LSQ+)."""
+    """What may vary. One choice each gives static quantization-aware training (LSQ)."""
 
     bits: Bits = Field(default_factory=lambda: list(range(2, 9)))
     act_bits: Bits | None = None  # None: as `bits`
