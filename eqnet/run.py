@@ -245,6 +245,8 @@ def load_supernet_weights(supernet: Supernet, path: Path) -> None:
         listed = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         raise ValueError(f"{path} belongs to another model or space; these keys do not fit: {listed}.")
     supernet.model.load_state_dict(tensors)
+    if odd := [name for name, quantizer in supernet.quantizers() if not quantizer.has_integer_zero_points()]:
+        raise ValueError(f"{path} is damaged: zero points of {odd[0]} are no codes; train again or restore the file.")
 
 
 def create_float_model(settings: ModelSettings, num_classes: int, in_chans: int, *, weights: bool = True) -> nn.Module:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from commands import FAST, ROOT, TINY, launch, one_sentence
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 # -- the main job -----------------------------------------------------------------------------------------------------
 
@@ -263,6 +264,13 @@ def test_damaged_and_foreign_supernets(call, run: Path, tmp_path: Path) -> None:
     code, _, err = call("search", "--budget", "4", "--run", broken, *FAST)
     assert code == 2
     assert "truncated" in one_sentence(err)
+    tensors = load_file(run / "supernet.safetensors")
+    key = next(k for k in tensors if k.endswith("zero_point"))
+    tensors[key][0] += 0.5
+    save_file(tensors, broken / "supernet.safetensors")
+    code, _, err = call("search", "--budget", "4", "--run", broken, *FAST)
+    assert code == 2
+    assert "zero points" in one_sentence(err)
     (broken / "supernet.safetensors").write_bytes(weights)
     text = (broken / "supernet.json").read_text()
     (broken / "supernet.json").write_text(text[: len(text) // 2])

@@ -202,6 +202,24 @@ def test_a_stored_state_reproduces_the_outputs_without_calibration(positive):
         assert torch.equal(target(x - 0.2), source(x - 0.2))
 
 
+def test_zero_points_that_are_no_codes_are_told(quantizer):
+    assert quantizer.has_integer_zero_points()
+    for fmt, zero, allowed in (
+        (QuantFormat(3, False), 3, True),
+        (QuantFormat(3, False), 4, False),
+        (QuantFormat(3, False, "channel"), -4, True),
+        (QuantFormat(3, False, "channel"), -5, False),
+        (QuantFormat(3, False), 1.5, False),
+        (QuantFormat(3, False), float("nan"), False),
+        (QuantFormat(3, True), 1, False),
+    ):
+        entry = quantizer.index[quantizer.rows[fmt], -1]
+        before = float(quantizer.zero_point[entry])
+        quantizer.zero_point[entry] = zero
+        assert quantizer.has_integer_zero_points() == allowed
+        quantizer.zero_point[entry] = before
+
+
 def test_the_stored_state_does_not_depend_on_the_active_row(quantizer):
     quantizer.select(WEIGHT_FORMATS[0])
     before = {k: v.clone() for k, v in quantizer.state_dict().items()}

@@ -6,7 +6,8 @@ LSQ (arXiv 1902.08153); EQ-Net (arXiv 2308.07650) eq. 1 and section 3.2.
 
 Departs from the paper: the zero point z is a calibrated integer inside the code range, and not learned. Learned real offsets
 (LSQ+, arXiv 2004.09576) settle between two integers, and a zero point that rounds them flips back and forth. Departs from the
-official code: zero is on the grid (there an offset of any value), and the step size is clamped, not shifted. Rounding is half to even *before* the zero point is added, exactly as ONNX QuantizeLinear does it.
+official code: zero is on the grid (there an offset of any value), and the step size is clamped, not shifted. Rounding is half
+to even *before* the zero point is added, exactly as ONNX QuantizeLinear does it.
 """
 
 from __future__ import annotations

@@ -41,9 +41,7 @@ class ElasticQuantizer(nn.Module):
     """
 
     scale: nn.Parameter  # [S]
-    zero_point: (
-        nn.Parameter
-    )  # whole numbers [S], zero in symmetric rows; a parameter, so that all processes get the same
+    zero_point: nn.Parameter  # whole numbers [S]; not learned, but parameters are the same in all processes
     row: Tensor  # int64 [1], the active row: the only mutable state of a config
     signed: Tensor  # int64 [1]
     calibrated: Tensor  # bool [1]
@@ -115,6 +113,15 @@ class ElasticQuantizer(nn.Module):
         scale, zero = (table.index_select(0, index).view(self.broadcast) for table in (self.scale, self.zero_point))
         bounds = self.ranges.index_select(0, self.signed)[0].index_select(0, self.row)[0]
         return scale, zero, bounds[0], bounds[1]
+
+    @torch.no_grad()
+    def has_integer_zero_points(self) -> bool:
+        """Whether every zero point is a code of its format, and 0 where that is symmetric; a damaged file may hold others."""
+        zero = self.zero_point[self.index]  # [R, C]
+        low, high = self.ranges[int(self.signed)].clone().unbind(1)  # [R]
+        symmetric = [fmt.symmetric for fmt in self.formats]
+        low[symmetric], high[symmetric] = 0, 0
+        return bool(((zero == zero.round()) & (zero >= low[:, None]) & (zero <= high[:, None])).all())
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantizes `x` in the active format; same shape."""
