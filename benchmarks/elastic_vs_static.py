@@ -3,8 +3,8 @@
     python -m benchmarks.elastic_vs_static --seeds 5 --output runs/elastic_vs_static --json digits.json [key=value ...]
 
 For each seed: a float model and its supernet, then from the same float weights static training (LSQ: tensor-sym-sym, LSQ+:
-tensor-asym-asym, with calibrated zero points) at a few bit-widths with the same steps, batches and learning rates. Prints test accuracy in percent,
-mean over seeds and standard deviation. Finished runs are kept, so an interrupted benchmark continues.
+tensor-asym-asym, with calibrated zero points) at a few bit-widths with the same steps, batches and learning rates. Prints test
+accuracy in percent, mean over seeds and standard deviation. Finished runs are kept, so an interrupted benchmark continues.
 """
 
 from __future__ import annotations

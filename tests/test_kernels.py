@@ -241,14 +241,12 @@ def test_a_config_may_be_selected_between_forward_and_backward():
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(
-    "shape", [(4, 6, 5, 7), (4, 1, 5, 7), (3, 9, 8), (16, 10), (7,), (2, 3, 4, 5, 6), (1, 5000, 2, 2)]
-)
-@pytest.mark.parametrize("axis", [None, 0, 1])
+SHAPES = [(4, 6, 5, 7), (4, 1, 5, 7), (3, 9, 8), (16, 10), (7,), (2, 3, 4, 5, 6), (1, 5000, 2, 2)]
+
+
+@pytest.mark.parametrize(("shape", "axis"), [(s, a) for s in SHAPES for a in (None, 0, 1) if a is None or a < len(s)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
 def test_rows_are_inverted(shape, axis, layout):
-    if axis == 1 and len(shape) == 1:
-        pytest.skip("no second axis")
     x = normal(*shape)
     if layout == "channels_last" and x.ndim == 4:
         x = x.contiguous(memory_format=torch.channels_last)

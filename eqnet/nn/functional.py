@@ -5,7 +5,7 @@ LSQ (arXiv 1902.08153); EQ-Net (arXiv 2308.07650) eq. 1 and section 3.2.
     r = round(clip(x / s, qmin - z, qmax - z)),   x_hat = s * r,   code = r + z
 
 Departs from the paper: the zero point z is a calibrated integer inside the code range, and not learned. Learned real offsets
-(LSQ+, arXiv 2004.09576) settle between two integers, and a zero point that rounds them flips back and forth. Departs from the
+(LSQ+, arXiv 2004.09576) settle midway between two integers, where the zero point that rounds them flips at any move. Departs from the
 official code: zero is on the grid (there an offset of any value), and the step size is clamped, not shifted. Rounding is half
 to even *before* the zero point is added, exactly as ONNX QuantizeLinear does it.
 """
