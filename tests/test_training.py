@@ -273,6 +273,7 @@ def test_a_finished_run_logs_every_part(finished: Path) -> None:
         "skewness",
     }
     assert {f"supernet/{w}" for w in wanted} <= set(last)
+    assert any("validation/mean" in r for r in rows)  # what configs/sweep/digits.yaml optimises
     assert last["supernet/lr"] < 1e-4
     assert "test/mean/2bit" in rows[-1]
 
